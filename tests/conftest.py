@@ -1,0 +1,68 @@
+"""Shared: a small synthetic corpus, a tiny config for it, and the folder of real data where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlscale.data.synth import make_corpus, synth_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = {
+    "data": {"caption_key": "json:captions"},
+    "model": {
+        "embed_dim": 16,
+        "dropout": 0.0,
+        "vision": {
+            "config": {
+                "model_type": "vit",
+                "image_size": 32,
+                "patch_size": 8,
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+            }
+        },
+        "text": {
+            "max_length": 24,
+            "vocab_size": 300,
+            "config": {
+                "model_type": "bert",
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+            },
+        },
+    },
+    "train": {"global_batch_size": 32, "max_steps": 6, "checkpoint_every": 2},
+    "engine": {"threads": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """256 training and 64 held-out scenes as shards."""
+    folder = tmp_path_factory.mktemp("corpus") / "scenes"
+    make_corpus(folder, synth_config(pairs=256, val_pairs=64, shard_size=64), processes=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, corpus) -> Path:
+    """A recipe over the small corpus that trains in a second."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"data": TINY["data"] | {"train": [f"{corpus}/train-*.tar"]}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real pictures and captions beside the checkout, or named by VLSCALE_TEST_DATA; tests of it skip without."""
+    folder = Path(os.environ.get("VLSCALE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data here")
+    return folder
