@@ -1,0 +1,197 @@
+"""Manifests, urls and reading in order: every sample once, faults counted and named, bad input one clear line."""
+
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from vlscale.data.faults import BadShard
+from vlscale.data.manifest import INDEX_FOLDER, build_manifest
+from vlscale.data.samples import open_corpus, read_samples
+from vlscale.data.urls import expand
+
+
+def write(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_every_sample_once_and_in_order(corpus, make_config):
+    import webdataset
+
+    shards = sorted(str(path) for path in corpus.glob("train-*.tar"))
+    expected = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
+    samples = list(read_samples(str(corpus / "train-*.tar"), make_config(corpus)))
+    assert [sample.key for sample in samples] == expected and len(expected) == 2000
+    assert all(len(sample.captions) == 5 and sample.meta["scene"] for sample in samples)
+
+
+def test_parts_are_runs_that_make_the_whole(corpus, make_config):
+    urls, data = str(corpus / "train-*.tar"), make_config(corpus)
+    whole = [sample.key for sample in read_samples(urls, data)]
+    parts = [[sample.key for sample in read_samples(urls, data, shard=(i, 7))] for i in range(7)]
+    assert [key for part in parts for key in part] == whole and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_text_captions_and_json_captions(corpus, make_config):
+    urls = str(corpus / "val-*.tar")
+    as_text = next(read_samples(urls, make_config(corpus, caption_key="txt")))
+    as_json = next(read_samples(urls, make_config(corpus)))
+    assert as_text.captions == as_json.captions[:1] and as_text.meta == as_json.meta
+
+
+def test_emoji_shards_are_read_whole(emoji_folder, make_config, tmp_path):
+    data = make_config(emoji_folder, manifest_dir=str(tmp_path))
+    counts = {
+        split: sum(1 for _ in read_samples(str(emoji_folder / f"emoji-{split}-*.tar"), data))
+        for split in ("train", "val")
+    }
+    assert counts == {"train": 2017, "val": 505}
+
+
+def test_faulty_samples_are_left_out_and_named(tmp_path, make_config, caplog):
+    good = json.dumps({"captions": ["x"]}).encode()
+    members = [
+        ("a.jpg", b"p"), ("a.json", good),
+        ("blind.json", good),
+        ("b.jpg", b"p"), ("b.json", b"{broken"),
+        ("c.jpg", b"p"), ("c.json", json.dumps({"captions": []}).encode()),
+        ("d.jpg", b"p"), ("d.json", json.dumps({"captions": ["  ", 3]}).encode()),
+        ("e.jpg", b"p"), ("e.json", b"[" * 100_000),
+        ("f.jpg", b"p"), ("f.json", b'{"captions": ["\\ud800"]}'),
+        ("g.jpg", b"p"), ("g.json", good),
+    ]  # fmt: skip
+    write(tmp_path / "train-0.tar", members)
+    with caplog.at_level(logging.WARNING, logger="vlscale"):
+        logging.getLogger("vlscale").propagate = True
+        samples = list(read_samples(str(tmp_path / "train-0.tar"), make_config(tmp_path)))
+    assert [sample.key for sample in samples] == ["a", "g"]
+    for line in (
+        "blind: no picture",
+        "b of",
+        "c of",
+        "d of",
+        "e of",
+        "f of",
+        "left out 1 samples when indexing: 1 no picture",
+    ):
+        assert any(line in message for message in caplog.messages), line
+
+
+def test_an_index_is_made_once_and_again_when_the_shard_changes(own_corpus, make_config, monkeypatch):
+    import vlscale.data.manifest as module
+
+    indexed = []
+    walk = module.index_shard
+    monkeypatch.setattr(
+        module, "index_shard", lambda shard, url, *rest: indexed.append(Path(url).name) or walk(shard, url, *rest)
+    )
+    shutil.rmtree(own_corpus / INDEX_FOLDER, ignore_errors=True)
+    urls, data = str(own_corpus / "train-*.tar"), make_config(own_corpus)
+    first = open_corpus(urls, data)
+    assert len(indexed) == 8
+    assert open_corpus(urls, data).hash == first.hash and len(indexed) == 8
+    shutil.copy(own_corpus / "train-000001.tar", own_corpus / "train-000000.tar")
+    changed = open_corpus(urls, data)
+    assert indexed[8:] == ["train-000000.tar"] and changed.hash != first.hash
+
+
+def test_a_half_made_manifest_is_gone_on_with(own_corpus, make_config):
+    shutil.rmtree(own_corpus / INDEX_FOLDER, ignore_errors=True)
+    shards, done = expand(str(own_corpus / "train-*.tar")), []
+
+    def stop_after_three(samples):
+        done.append(samples)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_manifest(shards, make_config(own_corpus), on_shard=stop_after_three)
+    assert len(list((own_corpus / INDEX_FOLDER).glob("train-*.idx"))) == 3
+    assert build_manifest(shards, make_config(own_corpus)).num_samples == 2000
+
+
+def test_the_hash_is_of_content_and_order_and_not_of_the_place(corpus, own_corpus, make_config):
+    urls = [str(folder / "train-*.tar") for folder in (corpus, own_corpus)]
+    first, moved = (open_corpus(url, make_config(corpus)) for url in urls)
+    turned = build_manifest(first.urls[::-1], make_config(corpus))
+    assert first.hash == moved.hash != turned.hash
+
+
+def test_a_folder_that_cannot_be_written_uses_the_cache(own_corpus, make_config, monkeypatch, tmp_path):
+    shutil.rmtree(own_corpus / INDEX_FOLDER, ignore_errors=True)
+    (own_corpus / INDEX_FOLDER).write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    manifest = open_corpus(str(own_corpus / "train-*.tar"), make_config(own_corpus))
+    assert manifest.num_samples == 2000 and all((tmp_path / "cache") in path.parents for path in manifest.index_paths)
+
+
+def test_manifest_dir_is_used_alone(own_corpus, make_config, tmp_path):
+    shutil.rmtree(own_corpus / INDEX_FOLDER, ignore_errors=True)
+    open_corpus(str(own_corpus / "train-*.tar"), make_config(own_corpus, manifest_dir=str(tmp_path / "m")))
+    assert not (own_corpus / INDEX_FOLDER).exists() and len(os.listdir(tmp_path / "m")) == 8
+
+
+def test_patterns_expand_in_order(corpus):
+    names = [Path(path).name for path in expand(str(corpus / "train-{000002,000001}.tar"))]
+    assert names == ["train-000002.tar", "train-000001.tar"]
+    assert len(expand(str(corpus / "train-{000000..000007}.tar"))) == 8
+    assert len(expand([f"file:{corpus}/val-*.tar", str(corpus / "train-*.tar")])) == 9
+    assert len(expand(str(corpus))) == 9
+
+
+@pytest.mark.parametrize(
+    "urls, message",
+    [
+        (None, "data.train is not given"),
+        ([], "data.train is not given"),
+        ("nowhere/train-*.tar", "no shard matches 'nowhere/train-.*check the path"),
+        ("nowhere/train-{0..3}.tar", "no shard matches"),
+        ("pipe:cat x.tar", "scheme 'pipe' of pipe:cat x.tar is not allowed"),
+        ("ftp://host/x.tar", "scheme 'ftp'"),
+    ],
+)
+def test_urls_that_name_nothing_are_one_clear_line(urls, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        expand(urls)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_named_twice_is_refused(corpus):
+    with pytest.raises(ValueError, match="named twice"):
+        expand([str(corpus / "train-*.tar"), str(corpus / "train-000001.tar")])
+
+
+def test_a_shard_that_is_no_tar(tmp_path, make_config):
+    (tmp_path / "train-0.tar").write_bytes(b"this is no tar" * 100)
+    with pytest.raises(BadShard, match="is no tar"):
+        open_corpus(str(tmp_path / "train-0.tar"), make_config(tmp_path))
+
+
+def test_a_caption_key_that_no_sample_has(corpus, make_config):
+    with pytest.raises(ValueError, match=r"no sample with a picture .* and a caption \(caption\).*data.caption_key"):
+        open_corpus(str(corpus / "val-*.tar"), make_config(corpus, caption_key="caption"))
+
+
+def test_a_shard_that_changes_while_it_is_read(own_corpus, make_config):
+    samples = read_samples(str(own_corpus / "train-*.tar"), make_config(own_corpus))
+    next(samples)
+    os.truncate(own_corpus / "train-000001.tar", 100_000)
+    with pytest.raises(BadShard, match="it changed while it is read"):
+        list(samples)
+
+
+def test_a_shard_cut_short_while_it_is_open(own_corpus, make_config):
+    samples = read_samples(str(own_corpus / "train-*.tar"), make_config(own_corpus))
+    next(samples)
+    os.truncate(own_corpus / "train-000000.tar", 10_000)
+    with pytest.raises(BadShard, match="cut short while it is read"):
+        list(samples)

@@ -1,0 +1,34 @@
+"""What one rank trains on in one step. B pairs of this rank, H = W the model's picture size, L tokens."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from vlscale.data.lanes import StreamState
+
+
+@dataclass
+class Batch:
+    keys: list[str]  # sample keys, in the order of the global batch
+    captions: list[str]  # the text of each pair, as tokenised
+    positions: Tensor  # (B,) int64, place of each pair in the global batch
+    pair_id: Tensor  # (B,) int64, equal ids are positives
+    images: Tensor  # (B, 3, H, W) uint8
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64
+    second_images: Tensor | None  # another augmented view of the same pictures
+    second_input_ids: Tensor | None  # another caption of the same samples, where they have one
+    second_attention_mask: Tensor | None
+    state: StreamState  # of this rank's lanes, after this batch
+    epoch: float  # passes over the corpus so far
+    skipped: int  # samples of this rank's lanes that failed so far
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)

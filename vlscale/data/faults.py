@@ -1,0 +1,13 @@
+"""What can be wrong with data: one sample (skipped, counted, named) or a whole shard (the run stops)."""
+
+
+class BadSample(ValueError):
+    """A sample that cannot train. `kind` is a short word for counting; the message says what was found."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+
+
+class BadShard(ValueError):
+    """A shard that is no complete tar, or is not what the manifest says."""

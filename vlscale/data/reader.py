@@ -1,0 +1,104 @@
+"""Samples by their place: shard number and row to key, picture bytes, captions and json. Reads by offset."""
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlscale.config import DataConfig
+from vlscale.data.faults import BadSample, BadShard
+from vlscale.data.manifest import Manifest
+from vlscale.data.storage import Shard, open_shard
+from vlscale.data.tar import ShardIndex
+
+_OPEN_SHARDS = 128
+
+
+@dataclass
+class Sample:
+    key: str
+    image: bytes
+    captions: list[str]
+    meta: dict[str, Any] = field(default_factory=dict)  # the sample's json
+
+
+class SampleReader:
+    """Keeps the shards used last open. One a thread or process."""
+
+    def __init__(self, manifest: Manifest, data: DataConfig):
+        self.manifest, self.data = manifest, data
+        self.caption_field = data.caption_key.removeprefix("json:") if data.caption_key.startswith("json:") else None
+        self._open: OrderedDict[int, tuple[ShardIndex, Shard]] = OrderedDict()
+
+    def key(self, shard: int, row: int) -> str:
+        return self._shard(shard)[0].key(row)
+
+    def read(self, shard: int, row: int, *, with_json: bool) -> Sample:
+        """Raises BadSample for what is wrong with the sample, BadShard for what is wrong with the file."""
+        index, file = self._shard(shard)
+        image, image_size, text, text_size, meta_at, meta_size, key, key_size = index.rows[row].item()
+        start, end = min(image, text), max(image + image_size, text + text_size)
+        if with_json and meta_size:
+            start, end = min(start, meta_at), max(end, meta_at + meta_size)
+        span = file.read(start, end - start)
+        meta = parse_json(span[meta_at - start : meta_at - start + meta_size]) if with_json and meta_size else {}
+        raw = span[text - start : text - start + text_size]
+        captions = parse_captions(meta or parse_json(raw), self.caption_field) if self.caption_field else [_decode(raw)]
+        captions = [caption for caption in map(str.strip, captions) if caption]
+        if not captions:
+            raise BadSample("empty caption", f"{self.manifest.urls[shard]} has no text in it")
+        return Sample(index.key_at(key, key_size), span[image - start : image - start + image_size], captions, meta)
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1][1].close()
+
+    def _shard(self, shard: int) -> tuple[ShardIndex, Shard]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= _OPEN_SHARDS:
+            self._open.popitem(last=False)[1][1].close()
+        index, url = self.manifest.index(shard), self.manifest.urls[shard]
+        file = open_shard(url, self.data)
+        if file.size != index.size:
+            file.close()
+            raise BadShard(
+                f"shard {url} has {file.size} bytes, its index was made with {index.size}: "
+                "it changed while it is read; put it back or start a new run"
+            )
+        self._open[shard] = index, file
+        return index, file
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("broken json", str(error)) from None
+    if not isinstance(value, dict):
+        raise BadSample("broken json", f"expected an object, got a {type(value).__name__}")
+    return value
+
+
+def parse_captions(meta: dict[str, Any], name: str) -> list[str]:
+    """The captions in a json field: a string, or a list of strings."""
+    value = meta.get(name)
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadSample(
+            "no caption", f"json field {name!r} is {type(value).__name__}, expected text or a list of texts"
+        )
+    for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            raise BadSample("caption not UTF-8", "a lone surrogate in the json") from None
+    return captions
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample("caption not UTF-8", str(error)) from None

@@ -1,0 +1,163 @@
+"""The training stream: an endless row of `Batch`, the same whatever the ranks, exactly resumable.
+
+Global batch t is lane 0's next samples, then lane 1's, and so on; a rank owns a run of lanes. Batches are made ahead in
+a thread, but each carries the state that belongs to it, so what was made ahead and not used is not lost.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlscale.config import DataConfig
+from vlscale.data.batch import Batch
+from vlscale.data.images import ImageSpec
+from vlscale.data.lanes import LANE_STATE, StreamState, choose_lanes, merge_states
+from vlscale.data.loader import LoaderJob, Part, PartLoader, Views
+from vlscale.data.manifest import build_manifest
+from vlscale.data.tokens import tokenise
+from vlscale.data.urls import expand_sources
+from vlscale.data.worker import WorkerPool
+from vlscale.logging import get_logger
+
+__all__ = ["StreamState", "TrainStream", "merge_states"]
+
+_LONGEST = 512  # tokens, for tokenizers that name no length
+_POLL = 0.2  # seconds
+
+
+class TrainStream:
+    """Rank `rank`'s part of the stream. `state` continues exactly after the batch that carried it.
+
+    A state may hold more lanes than this rank's (`merge_states` of all ranks), so a run goes on at any world size that
+    divides the lanes.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        spec: ImageSpec,
+        tokenizer,
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: StreamState | None = None,
+        second_view: bool = False,
+        second_caption: bool = False,
+        max_length: int | None = None,
+    ):
+        self.data, self.spec, self.tokenizer = data, spec, tokenizer
+        self.max_length = max_length or min(tokenizer.model_max_length, _LONGEST)
+        lanes = choose_lanes(global_batch_size, world_size, data.lanes)
+        shards, sources = expand_sources(data.train)
+        self.manifest = build_manifest(shards, data, first=len(shards) * rank // world_size)
+        if data.weights is not None:
+            self.manifest = replace(self.manifest, sources=np.array(sources))
+        if global_batch_size > self.manifest.num_samples:
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} is larger than the corpus of {self.manifest.num_samples} "
+                "samples; lower it or add shards"
+            )
+        self.global_batch_size = global_batch_size
+        self.per_lane, self.lanes_here = global_batch_size // lanes, lanes // world_size
+        self.first_lane, self.first_position = rank * self.lanes_here, rank * self.lanes_here * self.per_lane
+        self.views = Views(second_view, second_caption)
+        weights = tuple(data.weights or [1.0])
+        rows = np.zeros((lanes, len(weights)), LANE_STATE)
+        fresh = StreamState(self.manifest.hash, seed, lanes, data.window, 0, 0, weights, rows)
+        self.state = (fresh if state is None else _continue(state, fresh)).part(self.first_lane, self.lanes_here)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on after the last batch that was handed out."""
+        made: queue.Queue = queue.Queue(self.data.prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._make, args=(self.state, made, stop), name="vlscale-stream", daemon=True)
+        thread.start()
+        try:
+            while True:
+                batch = made.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                self.state = batch.state
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
+
+    def _make(self, state: StreamState, made: queue.Queue, stop: threading.Event) -> None:
+        """Runs in the thread: batches, or the exception that ended it, into `made`."""
+        try:
+            job = LoaderJob(
+                self.manifest, self.data, self.spec, self.views,
+                lanes=state.lanes, seed=state.seed, first=state.first, states=state.rows, weights=state.weights,
+                per_lane=self.per_lane,
+            )  # fmt: skip
+            loader = WorkerPool(job, self.data.workers) if self.data.workers else PartLoader(job)
+            try:
+                while not stop.is_set():
+                    part = loader.next()
+                    state = replace(state, samples=state.samples + self.global_batch_size, rows=part.states)
+                    _put(made, self._batch(part, state), stop)
+            finally:
+                loader.close()
+        except Exception as error:
+            _put(made, error, stop)
+
+    def _batch(self, part: Part, state: StreamState) -> Batch:
+        for fault in part.faults:
+            get_logger().warning("skipped sample %s", fault)
+        input_ids, attention_mask = tokenise(self.tokenizer, part.captions, self.max_length)
+        second = (None, None)
+        if self.views.second_caption:
+            second = tokenise(self.tokenizer, part.second_captions, self.max_length)
+        return Batch(
+            keys=part.keys,
+            captions=part.captions,
+            positions=torch.arange(self.first_position, self.first_position + len(part.keys)),
+            pair_id=torch.tensor(part.pair_id, dtype=torch.int64),
+            images=_channels_first(part.images),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            second_images=None if part.second_images is None else _channels_first(part.second_images),
+            second_input_ids=second[0],
+            second_attention_mask=second[1],
+            state=state,
+            epoch=state.samples / self.manifest.num_samples,
+            skipped=int(part.states["skipped"].sum()),
+        )
+
+
+def _continue(state: StreamState, fresh: StreamState) -> StreamState:
+    """The state to go on from, or an error that says what has changed since it was saved."""
+    changed = {
+        "the shards (their manifest)": (state.manifest, fresh.manifest),
+        "train.seed": (state.seed, fresh.seed),
+        "data.lanes": (state.lanes, fresh.lanes),
+        "data.window": (state.window, fresh.window),
+        "data.weights": (state.weights, fresh.weights),
+    }
+    for what, (saved, now) in changed.items():
+        if saved != now:
+            raise ValueError(
+                f"cannot resume: {what} changed, the checkpoint has {saved}, this run has {now}; "
+                "put it back, or start a new run with model.init_from"
+            )
+    return state
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _put(made: queue.Queue, item, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            return made.put(item, timeout=_POLL)
+        except queue.Full:
+            continue

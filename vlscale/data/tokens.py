@@ -1,0 +1,44 @@
+"""Tokenizers: one trained on the corpus's own captions, and captions to padded ids. T captions, L tokens."""
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+_ALPHABET_SHARE = 4  # single characters take at most a quarter of the vocabulary
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Byte-pair merges of lower-cased words, at most `vocab_size` entries. A small corpus gets whole words."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, UNKNOWN, START, END],
+        limit_alphabet=max(32, vocab_size // _ALPHABET_SHARE),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START, END)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        cls_token=START,
+        sep_token=END,
+        bos_token=START,
+        eos_token=END,
+    )
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both (T, L) int64, L the longest caption's tokens, cut at `max_length`."""
+    encoded = tokenizer(captions, padding=True, truncation=True, max_length=max_length, return_attention_mask=True)
+    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])

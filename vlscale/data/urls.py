@@ -1,0 +1,53 @@
+"""From what a user writes (paths, brace lists, globs) to the shards it names, in a fixed order."""
+
+import glob
+import os
+
+import braceexpand
+
+from vlscale.data.storage import SCHEMES, scheme_of
+
+
+def expand(urls: list[str] | str | None, what: str = "data.train") -> list[str]:
+    """Paths of all shards: braces in the order written, globs sorted. Every pattern has to match something."""
+    if not urls:
+        raise ValueError(
+            f"{what} is not given: expected shards, for example {what}=FOLDER/train-{{000000..000007}}.tar"
+        )
+    shards: list[str] = []
+    for pattern in [urls] if isinstance(urls, str) else urls:
+        for url in braceexpand.braceexpand(pattern, escape=False):
+            shards += _matches(url, pattern, what)
+    repeated = next((url for url in shards if shards.count(url) > 1), None) if len(set(shards)) < len(shards) else None
+    if repeated:
+        raise ValueError(f"{what}: shard {repeated} is named twice; name each shard once")
+    return shards
+
+
+def expand_sources(urls: list[str] | None, what: str = "data.train") -> tuple[list[str], list[int]]:
+    """The shards of all entries, and for each shard the number of the entry that names it."""
+    parts = [expand([url], what) for url in urls or []]
+    expand(urls, what)  # the checks over all of them
+    return [shard for part in parts for shard in part], [number for number, part in enumerate(parts) for _ in part]
+
+
+def _matches(url: str, pattern: str, what: str) -> list[str]:
+    scheme = scheme_of(url)
+    if scheme is not None and scheme not in SCHEMES:
+        raise ValueError(f"{what}: scheme {scheme!r} of {url} is not allowed; expected a path or {', '.join(SCHEMES)}")
+    if scheme == "file":
+        url = url.removeprefix(f"{url[:4]}:").removeprefix("//")
+    elif scheme is not None:
+        if glob.has_magic(url):
+            raise ValueError(
+                f"{what}: {url} has a wildcard, which only paths may have; write braces: {{000000..000127}}"
+            )
+        return [url]
+    path = os.path.expanduser(url)
+    if os.path.isdir(path):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    else:
+        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.isfile(path)
+    if not found:
+        raise ValueError(f"{what}: no shard matches {pattern!r}; expected existing .tar files, check the path")
+    return found
