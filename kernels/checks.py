@@ -1,0 +1,141 @@
+"""What the public functions accept: argument checks with one clear line each, and the choice of implementation.
+
+N pairs, D width. Values are checked for Python floats only: looking into a tensor would wait for the device.
+"""
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "chunked", "reference")
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+
+
+def available_impls(device: torch.device) -> list[str]:
+    """Implementations that run on `device` now; on CPU the Triton kernels run only in Triton's interpreter."""
+    triton_runs = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return [*(["triton"] if triton_runs and _TRITON_FOUND else []), "chunked", "reference"]
+
+
+def choose_impl(impl: str, device: torch.device) -> str:
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and _TRITON_FOUND else "chunked"
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "triton" and impl not in (available := available_impls(device)):
+        raise ValueError(
+            f"impl: 'triton' is not available for {device.type} tensors here, available: auto, {', '.join(available)}"
+            " (CUDA tensors, or TRITON_INTERPRET=1 for CPU tensors, make it so)"
+        )
+    return impl
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_embeddings(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor (N, D), got {type(value).__name__}")
+    if value.dim() != 2:
+        raise ValueError(f"{name}: expected shape (N, D), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if value.shape[0] == 0 or value.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(value.shape)}")
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, shape: bool = True) -> None:
+    """`value` must match `other` in device and dtype, and in shape unless only the width has to agree."""
+    if shape and value.shape != other.shape:
+        raise ValueError(f"{name}: expected shape {tuple(other.shape)} as {other_name}, got {tuple(value.shape)}")
+    if not shape and value.shape[1] != other.shape[1]:
+        raise ValueError(f"{name}: expected width {other.shape[1]} as {other_name}, got {value.shape[1]}")
+    if value.dtype != other.dtype:
+        raise ValueError(f"{name}: expected dtype {other.dtype} as {other_name}, got {value.dtype}")
+    check_device(name, value, other.device)
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_indices(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:
+    """A padded table of gallery indices, (Q, P) int64."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != rows:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor ({rows}, P) of gallery indices padded by -1, got {got}")
+    if value.dtype != torch.int64:
+        raise ValueError(f"{name}: expected int64, got {value.dtype}")
+    check_device(name, value, device)
+
+
+def check_pair_id(pair_id: Tensor | None, n: int, device: torch.device) -> None:
+    if pair_id is None:
+        return
+    if not isinstance(pair_id, Tensor) or tuple(pair_id.shape) != (n,):
+        got = tuple(pair_id.shape) if isinstance(pair_id, Tensor) else type(pair_id).__name__
+        raise ValueError(f"pair_id: expected shape ({n},), one id a pair, got {got}")
+    if pair_id.dtype != torch.int64:
+        raise ValueError(f"pair_id: expected int64, got {pair_id.dtype}")
+    check_device("pair_id", pair_id, device)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any input is, float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def as_scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype, *, positive: bool) -> Tensor:
+    """A 0-d tensor of `dtype` on `like`'s device; tensors keep their graph and are never read."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: expected one floating value, got {tuple(value.shape)} of {value.dtype}")
+        check_device(name, value, like.device)
+        return value.reshape(()).to(dtype)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: expected a float or a 0-d tensor, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}: expected a finite {'positive ' if positive else ''}number, got {value}")
+    return torch.full((), float(value), dtype=dtype, device=like.device)
+
+
+def as_teachers(student: Tensor, teacher_embs: Tensor | list[Tensor]) -> list[Tensor]:
+    """The teachers as a list, each (N, D_k) on the student's device; their dtype and width are their own."""
+    teachers = [teacher_embs] if isinstance(teacher_embs, Tensor) else teacher_embs
+    if not isinstance(teachers, list | tuple) or not teachers:
+        raise ValueError(f"teacher_embs: expected a tensor or a non-empty list of tensors, got {teacher_embs!r}")
+    for k, teacher in enumerate(teachers):
+        name = f"teacher_embs[{k}]"
+        check_embeddings(name, teacher)
+        if teacher.shape[0] != student.shape[0]:
+            raise ValueError(f"{name}: expected {student.shape[0]} rows as student_emb, got {teacher.shape[0]}")
+        check_device(name, teacher, student.device)
+    return list(teachers)
+
+
+def as_weights(weights: Tensor | list[float] | None, teachers: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Teacher weights as a (K,) tensor; None means one teacher of weight 1."""
+    device = teachers[0].device
+    if weights is None:
+        if len(teachers) > 1:
+            raise ValueError(f"teacher_weights: expected {len(teachers)} weights for as many teachers, got None")
+        return torch.ones(1, dtype=dtype, device=device)
+    if isinstance(weights, Tensor):
+        if not weights.is_floating_point():
+            raise ValueError(f"teacher_weights: expected a floating dtype, got {weights.dtype}")
+        check_device("teacher_weights", weights, device)
+    elif isinstance(weights, list | tuple) and all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+        weights = torch.tensor([float(w) for w in weights], dtype=dtype, device=device)
+    else:
+        raise ValueError(f"teacher_weights: expected a tensor (K,) or a list of finite floats, got {weights!r}")
+    if tuple(weights.shape) != (len(teachers),):
+        raise ValueError(f"teacher_weights: expected shape ({len(teachers)},), got {tuple(weights.shape)}")
+    return weights.to(dtype)

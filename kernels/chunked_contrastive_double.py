@@ -1,0 +1,96 @@
+"""Gradient of the contrastive gradient, by tiles, in O(N) memory: what second-order training steps need.
+
+Cotangents u (b, D) of dx, v (N, D) of dy and w of dscale; the letters of chunked_contrastive. With A = u y^T + x v^T,
+S = x y^T and M = scale A + w S (the direction in which the logits move):
+
+    G  = P_row + P_col - 2 T
+    Gb = P_row o (M - rowsum(P_row o M)) + P_col o (M - colsum(P_col o M))
+    xb = scale (Gb y + G v) + w G y,   yb = scale (Gb^T x + G^T u) + w G^T x,   all over 2N
+    scale's = <Gb, S> + <G, A>,        the first gradient's own cotangent: <G, M>
+
+Two passes: the sums inside Gb first. M is taken relative to each row's (column's) own pair, which changes nothing in Gb
+but keeps it exact once a probability is near 1.
+"""
+
+import torch
+from torch import Tensor
+
+from .chunked import COLUMNS, ROWS, Scratch, product, spans
+from .chunked_contrastive import Weights
+
+
+def contrastive_own_direction(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: Tensor, w: Tensor) -> Tensor:
+    """M_ii of matching rows, (b,): x, y, u, v are the b pairs of these rows; gathered over ranks for the columns."""
+    return scale * ((u * y).sum(1) + (x * v).sum(1)) + w * (x * y).sum(1)
+
+
+def _sides(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[u, x] and [y, v]: their product is A."""
+    return torch.cat([u, x], 1), torch.cat([y, v], 1)
+
+
+def contrastive_double_statistics(
+    x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: Tensor, w: Tensor, weights: Weights, own: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """rowsum(P_row o (M - own_row)) (b,), and colsum(P_col o (M - own_col)) (N,) partial over these rows."""
+    row_sums, col_sums = x.new_zeros(len(x)), x.new_zeros(len(y))
+    left, right = _sides(x, y, u, v)
+    scratch = Scratch(4, min(len(x), ROWS) * min(len(y), COLUMNS), x)
+    for i in spans(0, len(x), ROWS):
+        for j in spans(0, len(y), COLUMNS):
+            s, m, spare, other = (scratch.tile(k, i[1] - i[0], j[1] - j[0]) for k in range(4))
+            _direction(x, y, left, right, scale, w, i, j, s, m)
+            row, col = _split(weights, s.mul_(scale), i, j, spare, other)
+            row_sums[slice(*i)] += row.mul_(m - own[0][slice(*i), None]).sum(1)
+            col_sums[slice(*j)] += col.mul_(m.sub_(own[1][slice(*j)])).sum(0)
+    return row_sums, col_sums
+
+
+def _direction(x, y, left, right, scale, w, i, j, s: Tensor, m: Tensor) -> None:
+    """Fill s with S and m with M on one tile."""
+    product(x[slice(*i)], y[slice(*j)], s)
+    product(left[slice(*i)], right[slice(*j)], m)
+    m.mul_(scale).addcmul_(s, w)
+
+
+def _split(weights: Weights, s: Tensor, i, j, spare: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(P_row, P_col) of one tile from its scaled logits, which are overwritten."""
+    if weights.shared:
+        e = s.sub_(weights.row_ref).exp_()
+        row = torch.mul(e, weights.row_inverse[slice(*i), None], out=other)
+        return row, torch.mul(e, weights.col_inverse[slice(*j)], out=spare)
+    return weights.probabilities(s, i, j, spare)
+
+
+def contrastive_double_gradients(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    w: Tensor,
+    weights: Weights,
+    own: tuple[Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(xb (b, D), yb (N, D) partial, scale's partial, <G, M> partial), all still to be divided by 2N."""
+    xb, yb = torch.zeros_like(x), torch.zeros_like(y)
+    scale_bar, along = x.new_zeros(()), x.new_zeros(())
+    left, right = _sides(x, y, u, v)
+    scratch = Scratch(5, min(len(x), ROWS) * min(len(y), COLUMNS), x)
+    for i in spans(0, len(x), ROWS):
+        for j in spans(0, len(y), COLUMNS):
+            s, m, spare, other, logits = (scratch.tile(k, i[1] - i[0], j[1] - j[0]) for k in range(5))
+            _direction(x, y, left, right, scale, w, i, j, s, m)
+            row, col = _split(weights, torch.mul(s, scale, out=logits), i, j, spare, other)
+            g = weights.set_positives(row + col, i, j)
+            along += (g * m).sum()
+            row_shift = own[0] + sums[0]
+            col_shift = own[1] + sums[1]
+            gb = row.mul_(m - row_shift[slice(*i), None]).add_(col.mul_(m - col_shift[slice(*j)]))
+            scale_bar += (gb * s).sum() + (g * m.addcmul_(s, w, value=-1)).sum() / scale
+            toward = gb.mul_(scale).addcmul_(g, w)
+            g.mul_(scale)
+            xb[slice(*i)].addmm_(toward, y[slice(*j)]).addmm_(g, v[slice(*j)])
+            yb[slice(*j)].addmm_(toward.T, x[slice(*i)]).addmm_(g.T, u[slice(*i)])
+    return xb, yb, scale_bar, along

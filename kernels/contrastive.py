@@ -1,0 +1,194 @@
+"""`contrastive_loss`: cross-entropy over a global batch in both directions, without the N x N logits.
+
+    s_ij = logit_scale image_i . text_j;  targets uniform over the pairs of equal pair_id
+    loss = (mean_i CE(row i) + mean_j CE(column j)) / 2
+
+Three ops, each with a fake and the next as its gradient: forward, backward, double backward. A third derivative is
+refused by autograd.
+"""
+
+import torch
+from torch import Tensor
+
+from . import chunked_contrastive as tiles
+from . import chunked_contrastive_double as double_tiles
+from . import reference
+from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
+from .chunked import full_precision
+
+STATISTICS = 8  # row_ref, col_ref, then pos, off, target of the rows and of the columns
+
+
+def _operands(image: Tensor, text: Tensor, scale: Tensor, impl: str) -> tuple[Tensor, Tensor, bool]:
+    """(x, y, whether Triton takes them): bfloat16 as it is, half in float32 (its range ends before 1/N does).
+
+    float64 has no tensor cores to win anything on, and is computed by the chunked tiles whatever the impl.
+    """
+    triton = impl == "triton" and scale.dtype == torch.float32
+    if triton and image.dtype == torch.bfloat16:
+        return image.contiguous(), text.contiguous(), True
+    return image.to(scale.dtype).contiguous(), text.to(scale.dtype).contiguous(), triton
+
+
+@torch.library.custom_op("vlscale::contrastive_forward", mutates_args=())
+@full_precision
+def forward_op(image: Tensor, text: Tensor, scale: Tensor, pair_id: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    """(loss, statistics (8, N)) for compute-dtype scale and embeddings of any float dtype."""
+    x, y, triton = _operands(image, text, scale, impl)
+    positives = tiles.Positives(pair_id, pair_id, 0)
+    if triton:
+        from . import triton_contrastive
+
+        row_ref, col_ref, rows, cols, _ = triton_contrastive.contrastive_references(x, y, scale, positives)
+    else:
+        row_ref, col_ref, rows, cols = tiles.contrastive_references(x, y, scale, positives)
+    terms = tiles.contrastive_terms(rows, row_ref, positives.row_count).sum()
+    terms = terms + tiles.contrastive_terms(cols, col_ref, positives.col_count).sum()
+    refs = torch.stack([row_ref.expand(len(x)), col_ref.expand(len(x))])
+    return (terms / (2 * len(x))).to(scale.dtype), torch.cat([refs, rows, cols])
+
+
+@forward_op.register_fake
+def _(image, text, scale, pair_id, impl):
+    return scale.new_empty(()), scale.new_empty(STATISTICS, image.shape[0])
+
+
+def _weights(statistics: Tensor, pair_id: Tensor | None, *, vectors: bool) -> tiles.Weights:
+    """Statistics as the backward needs them, with one shared reference where there is one unless `vectors` are wanted."""
+    row_ref, col_ref = statistics[0], statistics[1]
+    if not vectors and statistics.device.type == "cpu" and bool((statistics[:2] == statistics[0, 0]).all()):
+        row_ref = col_ref = statistics[0, 0]
+    return tiles.Weights(row_ref, col_ref, statistics[2:5], statistics[5:8], tiles.Positives(pair_id, pair_id, 0))
+
+
+@torch.library.custom_op("vlscale::contrastive_backward", mutates_args=())
+@full_precision
+def backward_op(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pair_id: Tensor | None,
+    statistics: Tensor,
+    impl: str,
+    want_image: bool,
+    want_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text (empty where not wanted) and scale."""
+    x, y, triton = _operands(image, text, scale, impl)
+    use_rows = want_image or not want_text
+    weights = _weights(statistics, pair_id, vectors=triton)
+    if triton:
+        from . import triton_contrastive
+
+        flag = (~(statistics[:2] == statistics[0, 0]).all()).to(torch.int32)
+        dx, dy = triton_contrastive.contrastive_gradients(x, y, scale, weights, flag, want_x=use_rows, want_y=want_text)
+    else:
+        dx, dy = tiles.contrastive_gradients(x, y, scale, weights, want_x=use_rows, want_y=want_text)
+    mean = grad / (2 * len(x))
+    along = (dx * x).sum(1) if use_rows else (dy * y).sum(1)
+    d_scale = (along.sum(dtype=torch.float64) * mean).to(scale.dtype)
+    d_image = dx.mul_(mean * scale).to(image.dtype) if want_image else image.new_empty(0)
+    d_text = dy.mul_(mean * scale).to(text.dtype) if want_text else text.new_empty(0)
+    return d_image, d_text, d_scale
+
+
+@backward_op.register_fake
+def _(grad, image, text, scale, pair_id, statistics, impl, want_image, want_text):
+    d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if want_image else image.new_empty(0)
+    d_text = torch.empty_like(text, memory_format=torch.contiguous_format) if want_text else text.new_empty(0)
+    return d_image, d_text, torch.empty_like(scale)
+
+
+@torch.library.custom_op("vlscale::contrastive_double_backward", mutates_args=())
+@full_precision
+def double_backward_op(
+    u: Tensor,
+    v: Tensor,
+    w: Tensor,
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pair_id: Tensor | None,
+    statistics: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of grad, image, text and scale, from the cotangents u, v, w of the three gradients."""
+    x, y, u, v = (t.to(scale.dtype) for t in (image, text, u, v))
+    triton = _operands(image, text, scale, impl)[2]
+    weights = _weights(statistics, pair_id, vectors=triton)
+    passes = double_tiles
+    if triton:
+        from . import triton_contrastive_double as passes
+    own = double_tiles.contrastive_own_direction(x, y, u, v, scale, w)
+    sums = passes.contrastive_double_statistics(x, y, u, v, scale, w, weights, (own, own))
+    xb, yb, scale_bar, along = passes.contrastive_double_gradients(x, y, u, v, scale, w, weights, (own, own), sums)
+    mean = grad / (2 * len(x))
+    return (
+        along / (2 * len(x)),
+        xb.mul_(mean).to(image.dtype),
+        yb.mul_(mean).to(text.dtype),
+        scale_bar * mean,
+    )
+
+
+@double_backward_op.register_fake
+def _(u, v, w, grad, image, text, scale, pair_id, statistics, impl):
+    like = {"memory_format": torch.contiguous_format}
+    return torch.empty_like(grad), torch.empty_like(image, **like), torch.empty_like(text, **like), scale.clone()
+
+
+def _save_forward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.impl = inputs[4]
+
+
+def _backward(ctx, grad, _):
+    needed = ctx.needs_input_grad[:3]
+    grads = backward_op(grad, *ctx.saved_tensors, ctx.impl, *needed[:2])
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.impl, *ctx.wanted = inputs[6:]
+
+
+def _double_backward(ctx, u, v, w):
+    image, text = ctx.saved_tensors[1:3]
+    u = u if ctx.wanted[0] else torch.zeros_like(image)
+    v = v if ctx.wanted[1] else torch.zeros_like(text)
+    grads = double_backward_op(u, v, w, *ctx.saved_tensors, ctx.impl)
+    return *(g if want else None for g, want in zip(grads, ctx.needs_input_grad[:4], strict=True)), *[None] * 5
+
+
+forward_op.register_autograd(_backward, setup_context=_save_forward)
+backward_op.register_autograd(_double_backward, setup_context=_save_backward)
+
+
+def contrastive_loss(
+    image_emb: Tensor,
+    text_emb: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    pair_id: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean of the image-to-text and text-to-image cross-entropies over all pairs, 0-d.
+
+    image_emb, text_emb (N, D), used as given; logit_scale multiplies the products (1 / temperature); pair_id (N,) int64
+    makes equal ids positives of each other. Differentiable twice in every float argument, in O(N) memory (`reference`:
+    O(N^2)). A single pair, or a batch whose ids are all equal at equal embeddings, has its exact minimum.
+    """
+    check_embeddings("image_emb", image_emb)
+    check_embeddings("text_emb", text_emb)
+    check_same("text_emb", text_emb, "image_emb", image_emb)
+    check_pair_id(pair_id, len(image_emb), image_emb.device)
+    dtype = compute_dtype(image_emb)
+    scale = as_scalar("logit_scale", logit_scale, image_emb, dtype, positive=True)
+    impl = choose_impl(impl, image_emb.device)
+    if impl == "reference":
+        with torch.autocast(device_type=image_emb.device.type, enabled=False):
+            return reference.contrastive_loss(image_emb.to(dtype), text_emb.to(dtype), scale, pair_id)
+    return forward_op(image_emb, text_emb, scale, pair_id, impl)[0]

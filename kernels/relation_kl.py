@@ -1,0 +1,165 @@
+"""`relation_kl_loss`: keep the relations inside one modality as a frozen teacher sees them, without N x N matrices.
+
+    s_ij = relation(x_i, x_j) / student_temperature,   t_ij = sum_k w_k relation(z^k_i, z^k_j) / teacher_temperature
+    row scope     mean_i KL(softmax_j t_ij || softmax_j s_ij), j != i
+    matrix scope  KL(softmax_ij t || softmax_ij s), i != j
+
+Temperatures and teacher weights enter the op as one weight a segment, 1 / student_temperature and
+w_k / teacher_temperature, so their gradients follow from the weights' by the chain rule. Differentiable once.
+"""
+
+import torch
+from torch import Tensor
+
+from . import chunked_relation_kl as tiles
+from . import reference
+from .checks import as_scalar, as_teachers, as_weights, check_choice, check_embeddings, choose_impl, compute_dtype
+from .chunked import full_precision
+from .chunked_relation import Relation, Sweep
+
+STATISTICS = 2 + tiles.SUMS  # the two references, then the sums of each row
+
+
+def _relations(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, weights: Tensor, widths: list[int], relation: str
+) -> tuple[Relation, Relation]:
+    x, z = student.to(weights.dtype), teacher.to(weights.dtype)
+    return Relation(x, x, student_weight, [x.shape[1]], relation), Relation(z, z, weights, widths, relation)
+
+
+@torch.library.custom_op("vlscale::relation_kl_forward", mutates_args=())
+@full_precision
+def forward_op(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    widths: list[int],
+    relation: str,
+    matrix: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, statistics (7, N)); student_weight (1,), teacher (N, sum of widths), weights (K,)."""
+    s, t = _relations(student, student_weight, teacher, weights, widths, relation)
+    references, sums = tiles.relation_kl_sums(s, t, matrix=matrix)
+    loss = tiles.relation_kl_terms(sums.double().sum(1, keepdim=True) if matrix else sums).mean()
+    rows = torch.stack([references.student.expand(len(student)), references.teacher.expand(len(student))])
+    return loss.to(weights.dtype), torch.cat([rows, sums])
+
+
+@forward_op.register_fake
+def _(student, student_weight, teacher, weights, widths, relation, matrix):
+    return weights.new_empty(()), weights.new_empty(STATISTICS, student.shape[0])
+
+
+def _references(statistics: Tensor, *, matrix: bool) -> tuple[tiles.References, Sweep]:
+    s, t = statistics[0], statistics[1]
+    if matrix or (statistics.device.type == "cpu" and bool((s == s[0]).all() & (t == t[0]).all())):
+        return tiles.References(s[0], t[0]), Sweep.TRIANGLE
+    return tiles.References(s, t, s, t), Sweep.ROWS
+
+
+@torch.library.custom_op("vlscale::relation_kl_backward", mutates_args=())
+@full_precision
+def backward_op(
+    grad: Tensor,
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    widths: list[int],
+    relation: str,
+    matrix: bool,
+    statistics: Tensor,
+    want_student: bool,
+    want_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four tensors; empty (0,) for a side that is not wanted."""
+    n = len(student)
+    s, t = _relations(student, student_weight, teacher, weights, widths, relation)
+    references, sweep = _references(statistics, matrix=matrix)
+    sums = statistics[2:]
+    if matrix:
+        sums = sums.double().sum(1, keepdim=True).expand(-1, n)
+    coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
+    gradients = tiles.relation_kl_gradients(
+        s, t, references, coefficients, coefficients, sweep, 0, want_student=want_student, want_teacher=want_teacher
+    )
+    mean = grad if matrix else grad / n
+    out = []
+    for emb, weight, gradient in zip((student, teacher), (student_weight, weights), gradients, strict=True):
+        if gradient is None:
+            out += [emb.new_empty(0), weight.new_empty(0)]
+            continue
+        rows, _, of_weights = gradient.finish()
+        out += [rows.mul_(mean).to(emb.dtype), of_weights * mean]
+    return tuple(out)
+
+
+@backward_op.register_fake
+def _(
+    grad, student, student_weight, teacher, weights, widths, relation, matrix, statistics, want_student, want_teacher
+):
+    def like(t: Tensor, wanted: bool) -> Tensor:
+        return t.new_empty(tuple(t.shape) if wanted else (0,))
+
+    return (
+        like(student, want_student),
+        like(student_weight, want_student),
+        like(teacher, want_teacher),
+        like(weights, want_teacher),
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.settings = inputs[4:]
+
+
+def _backward(ctx, grad, _):
+    *tensors, statistics = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
+    sides = needed[0] or needed[1], needed[2] or needed[3]
+    grads = backward_op(grad, *tensors, *ctx.settings, statistics, *sides)
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def relation_kl_loss(
+    student_emb: Tensor,
+    teacher_embs: Tensor | list[Tensor],
+    *,
+    teacher_weights: Tensor | list[float] | None = None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    scope: str = "row",
+    relation: str = "cosine",
+    impl: str = "auto",
+) -> Tensor:
+    """KL(teacher || student) between softmaxed relation matrices without their diagonals, 0-d.
+
+    student_emb (N, D); teacher_embs (N, D_t) or a list of K tensors (N, D_k), mixed on logits by teacher_weights (K,).
+    scope: row (softmax a row, mean over rows) or matrix (one softmax). relation: cosine (dot products) or euclidean
+    (negative distances, slope 0 at distance 0). Differentiable once in every float argument, in O(N) memory
+    (`reference`: any order, O(N^2)). With one or two rows there is nothing to compare: the loss is 0.
+    """
+    check_embeddings("student_emb", student_emb)
+    teachers = as_teachers(student_emb, teacher_embs)
+    check_choice("scope", scope, ("row", "matrix"))
+    check_choice("relation", relation, ("cosine", "euclidean"))
+    dtype = compute_dtype(student_emb, *teachers)
+    student_weight = 1 / as_scalar("student_temperature", student_temperature, student_emb, dtype, positive=True)
+    teacher_tau = as_scalar("teacher_temperature", teacher_temperature, student_emb, dtype, positive=True)
+    weights = as_weights(teacher_weights, teachers, dtype) / teacher_tau
+    impl = choose_impl(impl, student_emb.device)
+    if len(student_emb) <= 2:
+        parts = [student_emb, *teachers, student_weight, weights]
+        return torch.stack([0 * part.to(dtype).sum() for part in parts]).sum()
+    if impl == "reference":
+        with torch.autocast(device_type=student_emb.device.type, enabled=False):
+            teachers = [t.to(dtype) for t in teachers]
+            return reference.relation_kl_loss(student_emb.to(dtype), student_weight, teachers, weights, scope, relation)
+    widths = [t.shape[1] for t in teachers]
+    teacher = teachers[0] if len(teachers) == 1 else torch.cat([t.to(dtype) for t in teachers], 1)
+    return forward_op(student_emb, student_weight.reshape(1), teacher, weights, widths, relation, scope == "matrix")[0]

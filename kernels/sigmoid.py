@@ -1,0 +1,91 @@
+"""`sigmoid_loss`: SigLIP's pairwise loss over a global batch, without the N x N logits.
+
+    z_ij = logit_scale image_i . text_j + logit_bias
+    loss = sum_ij softplus(-y_ij z_ij) / N,  y_ij = 1 for pairs of equal pair_id, else -1
+
+Loss and gradients come out of one pass over the tiles; the backward only multiplies. Differentiable once.
+"""
+
+import torch
+from torch import Tensor
+
+from . import chunked_sigmoid as tiles
+from . import reference
+from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
+from .chunked import full_precision
+from .chunked_contrastive import Positives
+from .once import scale_saved
+
+
+@torch.library.custom_op("vlscale::sigmoid_forward", mutates_args=())
+@full_precision
+def forward_op(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pair_id: Tensor | None, want: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, d image, d text, d scale, d bias); `want` says which gradients, the others come back empty."""
+    n = len(image)
+    x, y = image.to(scale.dtype), text.to(scale.dtype)
+    want_rows = want[0] or (any(want) and not want[1])
+    loss, dx, dy, total = tiles.sigmoid_sweep(
+        x, y, scale, bias, Positives(pair_id, pair_id, 0), want_x=want_rows, want_y=want[1]
+    )
+    none = scale.new_empty(0)
+    d_scale = none
+    if want[2]:
+        d_scale = ((dx * x).sum(1) if want_rows else (dy * y).sum(1)).sum(dtype=torch.float64).to(scale.dtype) / n
+    return (
+        (loss / n).to(scale.dtype),
+        dx.mul_(scale / n) if want[0] else none,
+        dy.mul_(scale / n) if want[1] else none.clone(),
+        d_scale if want[2] else none.clone(),
+        (total / n).to(scale.dtype) if want[3] else none.clone(),
+    )
+
+
+@forward_op.register_fake
+def _(image, text, scale, bias, pair_id, want):
+    shapes = (tuple(image.shape), tuple(text.shape), (), ())
+    return scale.new_empty(()), *(
+        scale.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, want, strict=True)
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+
+
+def _backward(ctx, grad, *_):
+    inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def sigmoid_loss(
+    image_emb: Tensor,
+    text_emb: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    pair_id: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sum over all pairs of the logistic loss, divided by N, 0-d.
+
+    image_emb, text_emb (N, D), used as given; z = logit_scale * product + logit_bias; pair_id (N,) int64 makes equal
+    ids positives. Differentiable once in every float argument, in O(N) memory (`reference`: any order, O(N^2)).
+    """
+    check_embeddings("image_emb", image_emb)
+    check_embeddings("text_emb", text_emb)
+    check_same("text_emb", text_emb, "image_emb", image_emb)
+    check_pair_id(pair_id, len(image_emb), image_emb.device)
+    dtype = compute_dtype(image_emb)
+    scale = as_scalar("logit_scale", logit_scale, image_emb, dtype, positive=True)
+    bias = as_scalar("logit_bias", logit_bias, image_emb, dtype, positive=False)
+    impl = choose_impl(impl, image_emb.device)
+    if impl == "reference":
+        with torch.autocast(device_type=image_emb.device.type, enabled=False):
+            return reference.sigmoid_loss(image_emb.to(dtype), text_emb.to(dtype), scale, bias, pair_id)
+    want = [t.requires_grad and torch.is_grad_enabled() for t in (image_emb, text_emb, scale, bias)]
+    return forward_op(image_emb, text_emb, scale, bias, pair_id, want)[0]

@@ -1,0 +1,294 @@
+"""Contrastive loss in Triton: the rectangular primitives of chunked_contrastive, same letters, same results.
+
+Forward: one product and one exponential an element; a program owns a row tile and a share of the columns, keeps its
+rows' sums in registers and writes its columns' sums to partial[row tile, N], which are added in fixed order: no
+atomics, bitwise repeatable. Rows go in waves, so that the partial sums stay small. 2 N^2 D operations, 8 N^2 D in all.
+
+Backward by G-waves: a block of G = P_row + P_col (positives 0) is recomputed and stored in the embeddings' dtype, then
+two ordinary products take it to dx and dy in float32. A lone positive's -(off_i/r_i + off_j/q_j) is added apart in
+float32: in bfloat16 it would be the largest error. With ids, G holds the positives and is float32.
+
+The fixed reference is checked on the device. Where a sum is unsound a flag is set, and the kernels compiled for vector
+references, which are always launched and return at once while it is clear, do the work instead: nothing waits.
+"""
+
+# ruff: noqa: SIM102, SIM108 (Triton prunes plain branches on constexprs, and only those)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunked import SUM_BITS, fixed_reference, spans
+from .chunked_contrastive import Positives, Weights, contrastive_bound
+from .triton_tiles import Config, choose_config, product_tile, same_pair
+
+
+@triton.jit
+def maxima_kernel(
+    x_ptr, y_ptr, scale_ptr, flag_ptr, row_out_ptr, column_out_ptr,
+    row_start, b, n, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Maxima of one wave's logits: row_out (splits, wave rows), column_out (row tiles, n)."""
+    if tl.load(flag_ptr) == 0:
+        return
+    tile, split = tl.program_id(0), tl.program_id(1)
+    rows = row_start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale = tl.load(scale_ptr)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        s = scale * product_tile(x_ptr, y_ptr, rows, columns, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
+        inside = (rows < b)[:, None] & (columns < n)[None, :]
+        s = tl.where(inside, s, float("-inf"))
+        best = tl.maximum(best, tl.max(s, 1))
+        tl.store(column_out_ptr + tile.to(tl.int64) * n + columns, tl.max(s, 0), mask=columns < n)
+    wave = tl.num_programs(0) * BLOCK_M
+    tl.store(row_out_ptr + split.to(tl.int64) * wave + tile * BLOCK_M + tl.arange(0, BLOCK_M), best)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_ids_ptr, column_ids_ptr, row_out_ptr,
+    column_out_ptr, row_start, b, n, D, stride_x, stride_y, offset,
+    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums of one wave: off, and with ids pos and the sum of positives' logits, the slowest axis of both outputs.
+
+    row_out (1 or 3, splits, wave rows), column_out (1 or 3, row tiles, n).
+    """
+    if not SHARED:
+        if tl.load(flag_ptr) == 0:
+            return
+    tile, split = tl.program_id(0), tl.program_id(1)
+    rows = row_start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale = tl.load(scale_ptr)
+    off = tl.zeros((BLOCK_M,), tl.float32)
+    pos = tl.zeros((BLOCK_M,), tl.float32)
+    target = tl.zeros((BLOCK_M,), tl.float32)
+    if SHARED:
+        row_ref = tl.load(row_ref_ptr)
+    else:
+        row_ref = tl.load(row_ref_ptr + rows, mask=rows < b, other=0.0)[:, None]
+    plane = tl.num_programs(0).to(tl.int64) * n
+    for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        s = scale * product_tile(x_ptr, y_ptr, rows, columns, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
+        inside = (rows < b)[:, None] & (columns < n)[None, :]
+        positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, b, n, offset, HAS_IDS)
+        e = tl.exp(s - row_ref)
+        if SHARED:
+            e_column = e
+        else:
+            e_column = tl.exp(s - tl.load(column_ref_ptr + columns, mask=columns < n, other=0.0)[None, :])
+        negative = inside & (positive == 0)
+        out = column_out_ptr + tile.to(tl.int64) * n + columns
+        off += tl.sum(tl.where(negative, e, 0.0), 1)
+        tl.store(out, tl.sum(tl.where(negative, e_column, 0.0), 0), mask=columns < n)
+        if HAS_IDS:
+            chosen = inside & positive
+            pos += tl.sum(tl.where(chosen, e, 0.0), 1)
+            target += tl.sum(tl.where(chosen, s, 0.0), 1)
+            tl.store(out + plane, tl.sum(tl.where(chosen, e_column, 0.0), 0), mask=columns < n)
+            tl.store(out + 2 * plane, tl.sum(tl.where(chosen, s, 0.0), 0), mask=columns < n)
+    wave = tl.num_programs(0).to(tl.int64) * BLOCK_M
+    out = row_out_ptr + split * wave + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(out, off)
+    if HAS_IDS:
+        plane = tl.num_programs(1) * wave
+        tl.store(out + plane, pos)
+        tl.store(out + 2 * plane, target)
+
+
+@triton.jit
+def weights_kernel(
+    x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
+    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr,
+    row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
+    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of G, rows and columns of the wave; a lone positive is left 0 unless there are ids."""
+    if tl.load(flag_ptr) == SHARED:
+        return
+    first_row, first_column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    rows = row_start + first_row + tl.arange(0, BLOCK_M)
+    columns = column_start + first_column + tl.arange(0, BLOCK_N)
+    row_ok, column_ok = rows < row_end, columns < column_end
+    s = tl.load(scale_ptr) * product_tile(
+        x_ptr, y_ptr, rows, columns, row_end, column_end, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    row_inverse = tl.load(row_inverse_ptr + rows, mask=row_ok, other=0.0)[:, None]
+    column_inverse = tl.load(column_inverse_ptr + columns, mask=column_ok, other=0.0)[None, :]
+    if SHARED:
+        g = tl.exp(s - tl.load(row_ref_ptr)) * (row_inverse + column_inverse)
+    else:
+        row_ref = tl.load(row_ref_ptr + rows, mask=row_ok, other=0.0)[:, None]
+        column_ref = tl.load(column_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
+        g = tl.exp(s - row_ref) * row_inverse + tl.exp(s - column_ref) * column_inverse
+    positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, row_end, column_end, offset, HAS_IDS)
+    if HAS_IDS:
+        miss = tl.load(row_miss_ptr + rows, mask=row_ok, other=0.0)[:, None]
+        miss += tl.load(column_miss_ptr + columns, mask=column_ok, other=0.0)[None, :]
+        count = tl.load(count_ptr + rows, mask=row_ok, other=1).to(tl.float32)[:, None]
+        g = tl.where(positive, tl.where(count == 1.0, -miss, g - 2.0 / count), g)
+    else:
+        g = tl.where(positive, 0.0, g)
+    inside = row_ok[:, None] & column_ok[None, :]
+    place = (rows - row_start).to(tl.int64)[:, None] * stride_g + (columns - column_start)[None, :]
+    tl.store(g_ptr + place, tl.where(inside, g, 0.0).to(g_ptr.dtype.element_ty), mask=inside)
+
+
+def _ids(positives: Positives) -> tuple[Tensor | None, Tensor | None, bool]:
+    return positives.row_ids, positives.col_ids, positives.row_ids is not None
+
+
+def contrastive_maxima(x: Tensor, y: Tensor, scale: Tensor, flag: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Row (b,) and column (N,) maxima of the logits, only while `flag` is set (anything otherwise)."""
+    b, n = len(x), len(y)
+    rows, cols = scale.new_zeros(b), scale.new_full((n,), -torch.inf)
+    for i in spans(0, b, config.wave_rows):
+        tiles = triton.cdiv(i[1] - i[0], config.block_m)
+        splits = min(config.splits, triton.cdiv(n, config.block_n))
+        row_out = scale.new_full((splits, tiles * config.block_m), -torch.inf)
+        column_out = scale.new_full((tiles, n), -torch.inf)
+        maxima_kernel[tiles, splits](
+            x, y, scale, flag, row_out, column_out, i[0], b, n, x.shape[1], x.stride(0), y.stride(0), **config.launch()
+        )
+        rows[slice(*i)] = row_out.amax(0)[: i[1] - i[0]]
+        cols = torch.maximum(cols, column_out.amax(0))
+    return rows, cols
+
+
+def contrastive_statistics(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_ref: Tensor,
+    col_ref: Tensor,
+    positives: Positives,
+    flag: Tensor,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """(3, b) row sums and (3, N) column sums, as in chunked_contrastive; columns partial over these rows.
+
+    Vector references run only while `flag` is set.
+    """
+    b, n = len(x), len(y)
+    row_ids, col_ids, has_ids = _ids(positives)
+    shared = row_ref.dim() == 0
+    sums = 3 if has_ids else 1
+    rows, cols = scale.new_zeros(3, b), scale.new_zeros(3, n)
+    order = [1, 0, 2][:sums]  # the kernel writes off, pos, target
+    for i in spans(0, b, config.wave_rows):
+        tiles = triton.cdiv(i[1] - i[0], config.block_m)
+        splits = min(config.splits, triton.cdiv(n, config.block_n))
+        row_out = scale.new_zeros(sums, splits, tiles * config.block_m)
+        column_out = scale.new_zeros(sums, tiles, n)
+        statistics_kernel[tiles, splits](
+            x, y, scale, flag, row_ref, col_ref, row_ids, col_ids, row_out, column_out,
+            i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
+            SHARED=shared, HAS_IDS=has_ids, **config.launch(),
+        )  # fmt: skip
+        rows[order, slice(*i)] = row_out.sum(1)[:, : i[1] - i[0]]
+        cols[order] += column_out.sum(1)
+    if has_ids:
+        rows[2] /= positives.row_count
+        cols[2] /= positives.col_count
+    else:
+        _add_own_pairs(x, y, scale, row_ref, col_ref, positives.offset, rows, cols)
+    return rows, cols
+
+
+def _add_own_pairs(x, y, scale, row_ref, col_ref, offset: int, rows: Tensor, cols: Tensor) -> None:
+    mine = slice(offset, offset + len(x))
+    own = scale * (x.to(scale.dtype) * y[mine].to(scale.dtype)).sum(1)
+    rows[0], rows[2], cols[2, mine] = (own - row_ref).exp(), own, own
+    cols[0, mine] = (own - (col_ref if col_ref.dim() == 0 else col_ref[mine])).exp()
+
+
+def contrastive_references(
+    x: Tensor, y: Tensor, scale: Tensor, positives: Positives, config: Config | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One process's (row_ref (N,), col_ref (N,), rows, cols, flag), whichever reference turns out sound.
+
+    `flag` is 1 where the maxima were needed; no value is read on the host.
+    """
+    config = config or choose_config(x)
+    ref = fixed_reference(contrastive_bound(x.to(scale.dtype), y.to(scale.dtype), scale), scale.dtype)
+    idle = torch.ones((), dtype=torch.int32, device=x.device)
+    rows, cols = contrastive_statistics(x, y, scale, ref, ref, positives, idle, config)
+    sums = torch.cat([rows[0] + rows[1], cols[0] + cols[1]])
+    floor = len(y) * 2.0 ** -SUM_BITS[scale.dtype]
+    flag = (~((sums >= floor) & (sums < torch.inf)).all()).to(torch.int32)
+    row_max, col_max = contrastive_maxima(x, y, scale, flag, config)
+    more_rows, more_cols = contrastive_statistics(x, y, scale, row_max, col_max, positives, flag, config)
+    unsound = flag.bool()
+    return (
+        torch.where(unsound, row_max, ref),
+        torch.where(unsound, col_max, ref),
+        torch.where(unsound, more_rows, rows),
+        torch.where(unsound, more_cols, cols),
+        flag,
+    )
+
+
+def contrastive_gradients(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    weights: Weights,
+    flag: Tensor,
+    config: Config | None = None,
+    *,
+    want_x: bool = True,
+    want_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(G y (b, D) complete, G^T x (N, D) partial over these rows), float32, as in chunked_contrastive.
+
+    `weights` hold vector references; with a clear `flag` all their entries are the one constant.
+    """
+    config = config or choose_config(x)
+    positives, dtype = weights.positives, scale.dtype
+    row_ids, col_ids, has_ids = _ids(positives)
+    stored = dtype if has_ids else x.dtype
+    left, right = x.to(stored), y.to(stored)
+    dx, dy = (
+        torch.zeros(t.shape, dtype=dtype, device=t.device) if want else None for t, want in ((x, want_x), (y, want_y))
+    )
+    height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
+    block = torch.empty(height, width, dtype=stored, device=x.device)
+    for i in spans(0, len(x), height):
+        for j in spans(0, len(y), width):
+            g = block[: i[1] - i[0], : j[1] - j[0]]
+            grid = triton.cdiv(g.shape[0], config.block_m), triton.cdiv(g.shape[1], config.block_n)
+            for shared in (True, False):
+                weights_kernel[grid](
+                    x, y, scale, flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
+                    weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g,
+                    i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
+                    SHARED=shared, HAS_IDS=has_ids, **config.launch(),
+                )  # fmt: skip
+            if want_x:
+                dx[slice(*i)] += _product(g, right[slice(*j)], dtype)
+            if want_y:
+                dy[slice(*j)] += _product(g.T, left[slice(*i)], dtype)
+    if not has_ids:
+        mine = slice(positives.offset, positives.offset + len(x))
+        miss = (weights.row_miss + weights.col_miss[mine])[:, None]
+        if want_x:
+            dx.addcmul_(y[mine].to(dtype), miss, value=-1)
+        if want_y:
+            dy[mine].addcmul_(x.to(dtype), miss, value=-1)
+    return dx, dy
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right accumulated and returned in `dtype`; bfloat16 operands stay on the tensor cores."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)

@@ -1,0 +1,225 @@
+"""What callers may rely on: accepted inputs, defined results at the edges, and one clear line for everything else."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vlscale.kernels as kernels
+from tests.kernels import cases as k
+from vlscale.kernels import contrastive_loss, relation_kl_loss, relation_match_loss, sigmoid_loss
+
+IMPLS = ["reference", "chunked"]
+X, Y = (v.float() for v in k.embeddings("random", 6, 4))
+
+LOSSES = {
+    "contrastive": lambda x, y, impl: contrastive_loss(x, y, 10.0, impl=impl),
+    "sigmoid": lambda x, y, impl: sigmoid_loss(x, y, 10.0, -5.0, impl=impl),
+    "relation_kl_row": lambda x, y, impl: kl(x, y, impl=impl),
+    "relation_kl_matrix": lambda x, y, impl: kl(x, y, scope="matrix", impl=impl),
+    "relation_kl_euclidean": lambda x, y, impl: kl(x, y, relation="euclidean", impl=impl),
+    "relation_mae": lambda x, y, impl: relation_match_loss(x, [y], [1.0], temperature=0.1, impl=impl),
+    "relation_mse": lambda x, y, impl: relation_match_loss(x, [y], [1.0], temperature=0.1, metric="mse", impl=impl),
+    "relation_wasserstein": lambda x, y, impl: relation_match_loss(
+        x, [y], [1.0], temperature=0.1, metric="wasserstein", impl=impl
+    ),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+
+
+def kl(x, y, **settings):
+    return relation_kl_loss(x, y, **{"student_temperature": 0.1, "teacher_temperature": 0.1} | settings)
+
+
+def value_and_grads(loss, x, y, impl):
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    value = loss(x, y, impl)
+    return value, *torch.autograd.grad(value, (x, y), allow_unused=True)
+
+
+@every_loss
+def test_dtypes_shapes_and_input_left_alone(loss):
+    for dtype, expected in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+        x, y = X.to(dtype), Y.to(dtype)
+        kept = x.clone()
+        value, dx, dy = value_and_grads(loss, x, y, "chunked")
+        assert value.shape == () and value.dtype == expected
+        assert dx.dtype == dtype and dy.dtype == dtype
+        assert torch.equal(x, kept)
+
+
+@every_loss
+def test_strided_inputs(loss):
+    wide = torch.randn(12, 8)
+    x, y = wide[::2, ::2], wide.flip(0).T.contiguous().T[::2, 1::2]
+    assert not x.is_contiguous() and not y.is_contiguous()
+    strided = value_and_grads(loss, x, y, "chunked")
+    packed = value_and_grads(loss, x.contiguous(), y.contiguous(), "chunked")
+    for a, b in zip(strided, packed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@every_loss
+def test_permutation_of_pairs(loss, small_tiles):
+    x, y = (v.double() for v in k.embeddings("random", 50, 8))
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    value, dx, dy = value_and_grads(loss, x, y, "chunked")
+    moved, moved_dx, moved_dy = value_and_grads(loss, x[order], y[order], "chunked")
+    torch.testing.assert_close(moved, value)
+    torch.testing.assert_close(moved_dx, dx[order])
+    torch.testing.assert_close(moved_dy, dy[order])
+
+
+@every_loss
+def test_duplicated_rows(loss, small_tiles):
+    x, y = (v.double()[torch.arange(40) // 2] for v in k.embeddings("random", 20, 8))
+    dense, tiled = (value_and_grads(loss, x, y, impl) for impl in IMPLS)
+    kinked = loss in (LOSSES["relation_mae"], LOSSES["relation_wasserstein"])  # copies sit on |s - t|'s kink
+    for a, b in list(zip(dense, tiled, strict=True))[: 1 if kinked else None]:
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@every_loss
+def test_same_answer_twice(loss):
+    first, second = (value_and_grads(loss, X, Y, "chunked") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_loss
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_propagates(loss, impl):
+    x = X.clone()
+    x[1, 2] = torch.nan
+    assert value_and_grads(loss, x, Y, impl)[0].isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_true_zeros(impl):
+    for n, losses in ((1, ["contrastive", *(name for name in LOSSES if "relation" in name)]), (2, ["relation_kl_row"])):
+        for name in losses:
+            value, dx, _ = value_and_grads(LOSSES[name], X[:n], Y[:n], impl)
+            assert value.abs() <= 1e-7 and dx.abs().max() <= 1e-7, (name, n)
+    assert contrastive_loss(X[:1], Y[:1], 100.0, pair_id=torch.tensor([3]), impl=impl).abs() <= 1e-7
+    for name in LOSSES:
+        if "relation" in name:
+            assert LOSSES[name](X, X, impl).abs() <= 1e-7, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_ids_equal(impl):
+    """Every pair is a positive of every other: targets are uniform, and identical rows reach their minimum, log N."""
+    same = X[:1].expand(6, 4)
+    loss = contrastive_loss(same, same, 10.0, pair_id=torch.zeros(6, dtype=torch.int64), impl=impl)
+    torch.testing.assert_close(loss, torch.tensor(6.0).log())
+
+
+def test_unit_ids_are_the_default():
+    ids = torch.tensor([5, 3, 9, 1, 0, 7])
+    for loss in (contrastive_loss, lambda x, y, s, **kw: sigmoid_loss(x, y, s, -3.0, **kw)):
+        torch.testing.assert_close(loss(X, Y, 10.0, pair_id=ids), loss(X, Y, 10.0))
+
+
+@every_loss
+def test_autocast_changes_nothing(loss):
+    plain = value_and_grads(loss, X, Y, "chunked")
+    for impl in IMPLS:
+        x = X.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(x, Y, impl)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, plain[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(torch.autograd.grad(value, x)[0], plain[1], rtol=1e-4, atol=1e-4)
+
+
+def test_one_teacher_as_tensor_or_list_and_learnable_scalars_as_floats():
+    alone = kl(X, Y)
+    torch.testing.assert_close(kl(X, [Y], teacher_weights=torch.tensor([1.0])), alone)
+    torch.testing.assert_close(kl(X, Y, student_temperature=torch.tensor(0.1)), alone)
+    torch.testing.assert_close(kl(X, Y.double(), teacher_temperature=torch.tensor([0.1])).float(), alone)
+
+
+ID = torch.arange(6)
+BAD = {
+    "shape": (lambda: contrastive_loss(X, Y[:5], 1.0), r"text_emb: expected shape \(6, 4\).*got \(5, 4\)"),
+    "dtype": (lambda: contrastive_loss(X, Y.double(), 1.0), "text_emb: expected dtype torch.float32.*torch.float64"),
+    "device": (lambda: contrastive_loss(X, Y.to("meta"), 1.0), "text_emb: expected device cpu, got meta"),
+    "integer": (lambda: contrastive_loss(X.long(), Y, 1.0), "image_emb: expected a floating dtype, got torch.int64"),
+    "not a tensor": (lambda: contrastive_loss([1.0], Y, 1.0), "image_emb: expected a tensor .*got list"),
+    "one dimension": (lambda: contrastive_loss(X[0], Y, 1.0), r"image_emb: expected shape \(N, D\), got \(4,\)"),
+    "no rows": (lambda: sigmoid_loss(X[:0], Y[:0], 1.0, 0.0), "at least one row"),
+    "no columns": (lambda: kl(X[:, :0], Y), "at least one row and one column"),
+    "scale": (lambda: contrastive_loss(X, Y, -1.0), "logit_scale: expected a finite positive number, got -1.0"),
+    "scale nan": (lambda: contrastive_loss(X, Y, float("nan")), "logit_scale: expected a finite positive number"),
+    "scale shape": (lambda: contrastive_loss(X, Y, torch.ones(2)), r"logit_scale: expected one floating value.*\(2,\)"),
+    "scale type": (lambda: contrastive_loss(X, Y, "10"), "logit_scale: expected a float or a 0-d tensor, got str"),
+    "bias": (lambda: sigmoid_loss(X, Y, 1.0, float("inf")), "logit_bias: expected a finite number, got inf"),
+    "ids length": (lambda: contrastive_loss(X, Y, 1.0, pair_id=ID[:5]), r"pair_id: expected shape \(6,\).*got \(5,\)"),
+    "ids dtype": (lambda: sigmoid_loss(X, Y, 1.0, 0.0, pair_id=ID.float()), "pair_id: expected int64, got torch.float"),
+    "impl name": (lambda: contrastive_loss(X, Y, 1.0, impl="cuda"), "impl: expected one of auto, triton, .*got 'cuda'"),
+    "temperature": (lambda: kl(X, Y, student_temperature=0.0), "student_temperature: expected a finite positive"),
+    "scope": (lambda: kl(X, Y, scope="all"), "scope: expected one of row, matrix, got 'all'"),
+    "relation": (lambda: kl(X, Y, relation="dot"), "relation: expected one of cosine, euclidean, got 'dot'"),
+    "teacher rows": (lambda: kl(X, Y[:4]), r"teacher_embs\[0\]: expected 6 rows as student_emb, got 4"),
+    "no teacher": (lambda: kl(X, []), r"teacher_embs: expected a tensor or a non-empty list"),
+    "no weights": (lambda: kl(X, [Y, Y]), "teacher_weights: expected 2 weights for as many teachers, got None"),
+    "weights": (lambda: kl(X, [Y], teacher_weights=[0.5, 0.5]), r"teacher_weights: expected shape \(1,\), got \(2,\)"),
+    "metric": (lambda: relation_match_loss(X, [Y], [1.0], temperature=1.0, metric="l3"), "metric: expected one of mae"),
+    "match tau": (
+        lambda: relation_match_loss(X, [Y], [1.0], temperature=-1),
+        "temperature: expected a finite positive",
+    ),
+    "match weights": (
+        lambda: relation_match_loss(X, [Y], ["a"], temperature=1.0),
+        "teacher_weights: expected a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_unavailable_impl_lists_what_is_available(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"'triton' is not available for cpu.*available: auto, chunked, reference"):
+        contrastive_loss(X, Y, 1.0, impl="triton")
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'clip_loss'; it offers contrastive_loss"):
+        _ = kernels.clip_loss
+    assert set(kernels.__all__) <= set(dir(kernels))
+
+
+def test_import_costs_neither_torch_nor_triton():
+    code = (
+        "import sys, vlscale.kernels; assert 'torch' not in sys.modules, 'torch';"
+        "from vlscale.kernels import (contrastive_loss, sigmoid_loss, relation_kl_loss, relation_match_loss,"
+        " retrieval_ranks, topk_neighbors)"
+    )
+    root = kernels.__file__.rsplit("/vlscale/", 1)[0]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+
+
+def test_import_from_an_installed_layout(tmp_path):
+    """As in a wheel: no checkout two levels up, the sources in vlscale/_kernels, and a stray kernels/ beside it."""
+    import shutil
+    from pathlib import Path
+
+    root = Path(kernels.__file__).parents[2]
+    package = tmp_path / "site" / "vlscale"
+    (package / "kernels").mkdir(parents=True)
+    shutil.copy(root / "vlscale" / "kernels" / "__init__.py", package / "kernels")
+    shutil.copytree(root / "kernels", package / "_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").touch()
+    (tmp_path / "site" / "kernels").mkdir()
+    code = (
+        "import sys; sys.path[0] = sys.argv[1]; import vlscale.kernels as kernels\n"
+        "homes = {sys.modules[getattr(kernels, name).__module__].__file__ for name in kernels.__all__}\n"
+        "assert all('_kernels' in home for home in homes), homes\n"
+        "assert kernels.__path__[0].endswith('_kernels'), kernels.__path__"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "site")], check=True, cwd=tmp_path / "site", timeout=120)

@@ -1,0 +1,1 @@
+"""Towers, dual encoder and frozen teachers, from any Hugging Face vision and text model."""

@@ -1,0 +1,93 @@
+"""Folders that plain `transformers` loads: `VisionTextDualEncoderModel`, processor and tokenizer, safetensors only."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedTokenizerBase,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+    ViTImageProcessorPil,
+)
+
+from vlscale.config import ModelConfig
+from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder, weights_of
+from vlscale.models.towers import check_exists
+
+
+def save_folder(
+    folder: Path,
+    encoder: DualEncoder,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: BaseImageProcessor,
+) -> None:
+    """Write the folder under another name and rename it: it is complete or not there.
+
+    `weights` is the full float32 state dict of `encoder`. A sigmoid model's bias goes to config.json as `logit_bias`.
+    """
+    weights = dict(weights)
+    config = encoder.hf_config()
+    bias = weights.pop("logit_bias", None)
+    if bias is not None:
+        config.logit_bias = float(bias)
+    weights["logit_scale"] = weights["logit_scale"].clamp(max=encoder.log_scale_max).squeeze()
+    with torch.device("meta"):  # only the structure is needed: the weights come from the state dict
+        model = VisionTextDualEncoderModel(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_encoder(path: str) -> tuple[DualEncoder, PreTrainedTokenizerBase, BaseImageProcessor]:
+    """A run, a `final/` or an exported folder, ready to embed (evaluation mode), with its tokenizer and processor."""
+    folder = final_folder(path)
+    model = load_dual_encoder(folder)
+    bias = getattr(model.config, "logit_bias", None)
+    settings = ModelConfig(
+        embed_dim=model.config.projection_dim,
+        logit_scale_max=max(100.0, math.exp(float(model.logit_scale.detach()))),
+        logit_bias_init=bias or 0.0,
+    )
+    encoder = DualEncoder(model.vision_model, model.text_model, settings, sigmoid=bias is not None)
+    encoder.load_state_dict(weights_of(model), strict=False)
+    return encoder.eval(), load_tokenizer(folder), load_image_processor(folder)
+
+
+def quiet() -> None:
+    """No progress bars of transformers' own: vlscale shows its own progress."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    check_exists(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} holds no tokenizer: {error.__class__.__name__}; give model.text.tokenizer"
+        ) from None
+
+
+def load_image_processor(source: str) -> BaseImageProcessor:
+    check_exists(source)
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} holds no image processor: {error.__class__.__name__}") from None
+
+
+def new_image_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> BaseImageProcessor:
+    """For a vision tower trained from scratch: resize to (size, size), scale to [0, 1], normalise."""
+    return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=list(mean), image_std=list(std))

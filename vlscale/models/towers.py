@@ -1,0 +1,131 @@
+"""One tower: a Hugging Face vision or text model whose own `pooler_output` is the representation.
+
+Pooling is never ours, so that an exported folder gives the same embeddings in plain `transformers`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Modality = Literal["vision", "text"]
+
+# Model types whose `pooler_output` is (B, hidden_size); tests/models/test_towers.py builds and runs each of them.
+WORKING: dict[str, list[str]] = {
+    "vision": ["beit", "clip_vision_model", "deit", "dinov2", "dinov3_vit", "siglip_vision_model", "swinv2", "vit"],
+    "text": ["albert", "bert", "camembert", "clip_text_model", "ernie", "mpnet", "roberta", "xlm-roberta"],
+}
+
+
+def build_tower(modality: Modality, source: str | None, config: dict[str, Any] | None, dropout: float | None):
+    """The tower from a folder or hub name (`source`, with weights) or from a config (fresh weights)."""
+    key = f"model.{modality}"
+    if (source is None) == (config is None):
+        raise ValueError(
+            f"{key}: expected exactly one of {key}.source (a folder or hub name) and {key}.config (from scratch), "
+            f"got {'neither' if source is None else 'both'}"
+        )
+    tower = _from_scratch(key, modality, config, dropout) if source is None else load_tower(modality, source, dropout)
+    _check_pooling(key, modality, tower)
+    return tower
+
+
+def load_tower(modality: Modality, source: str, dropout: float | None = None) -> PreTrainedModel:
+    """A tower with its weights; of a dual encoder, the one that is asked for."""
+    check_weights(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source}: no Hugging Face config could be read there: {one_line(error)}") from None
+    part = getattr(config, f"{modality}_config", None)
+    for each in filter(None, (config, part)):
+        set_dropout(each, dropout)
+    model = AutoModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
+    return model if part is None else getattr(model, f"{modality}_model")
+
+
+def check_weights(source: str) -> None:
+    """A local folder must hold safetensors weights; pickled weights are never read."""
+    check_exists(source)
+    folder = Path(source)
+    if folder.is_dir() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))):
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"model folder {source} holds no weights: expected model.safetensors, got {found} "
+            "(convert pickled weights with save_pretrained)"
+        )
+
+
+def check_exists(source: str) -> None:
+    """What can only be a local path has to be there; anything else may be a hub name."""
+    if (Path(source).is_absolute() or source.startswith(".")) and not Path(source).is_dir():
+        raise ValueError(f"model folder {source} does not exist")
+
+
+def set_dropout(config: PretrainedConfig, rate: float | None) -> None:
+    """Set every dropout and drop-path rate of a model's config; None leaves them."""
+    if rate is None:
+        return
+    for name, value in vars(config).copy().items():
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, rate)
+
+
+def fit_to_tokenizer(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+    """A text config with the vocabulary, special tokens and room for positions that a tokenizer needs.
+
+    RoBERTa-like models start positions after the padding id, hence the spare ones.
+    """
+    fitted = dict(config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    fitted["bos_token_id"], fitted["eos_token_id"] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    fitted.setdefault("max_position_embeddings", max_length + 2)
+    return fitted
+
+
+def image_size(tower: PreTrainedModel) -> int:
+    """Side of the square pictures that a vision tower takes, in pixels."""
+    size = tower.config.image_size
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise ValueError(f"model.vision: expected a square image_size, got {size}; choose a tower with a square one")
+    return int(sides.pop())
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _from_scratch(key: str, modality: Modality, config: dict[str, Any], dropout: float | None) -> PreTrainedModel:
+    options = dict(config)
+    model_type = options.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(f"{key}.config needs model_type; known to work: {', '.join(WORKING[modality])}")
+    try:
+        built = AutoConfig.for_model(model_type, **options)
+        set_dropout(built, dropout)
+        return AutoModel.from_config(built, dtype=torch.float32)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key}.config: {model_type} could not be built: {one_line(error)}") from None
+
+
+@torch.no_grad()
+def _check_pooling(key: str, modality: Modality, tower: PreTrainedModel) -> None:
+    """One tiny forward: a tower without a (B, hidden_size) pooler_output cannot be exported, so it is refused."""
+    training = tower.training
+    tower.eval()
+    if modality == "vision":
+        side = image_size(tower)
+        out = tower(pixel_values=torch.zeros(1, 3, side, side))
+    else:
+        ids = torch.full((1, 4), tower.config.eos_token_id or 0)
+        out = tower(input_ids=ids, attention_mask=torch.ones_like(ids))
+    tower.train(training)
+    pooled = getattr(out, "pooler_output", None)
+    width = getattr(tower.config, "hidden_size", None)
+    if pooled is None or tuple(pooled.shape) != (1, width):
+        got = "none" if pooled is None else f"shape {tuple(pooled.shape)} with hidden_size {width}"
+        raise ValueError(
+            f"{key}: {tower.config.model_type} has no usable pooler_output: expected (B, hidden_size), got {got}; "
+            f"known to work: {', '.join(WORKING[modality])}"
+        )

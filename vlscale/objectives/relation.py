@@ -1,0 +1,28 @@
+"""Relation preservation: the relation matrix of a student modality follows its frozen teacher's.
+
+CoVLR (arXiv 2304.07567), the intra-modal term: KL(teacher || student) between softmaxes of pairwise similarities.
+"""
+
+import torch
+
+from vlscale.config import ObjectiveConfig
+from vlscale.distributed import Ranks, gather_rows
+from vlscale.kernels import relation_kl_loss
+from vlscale.objectives.contrastive import Metrics
+
+
+def relation(
+    student_emb: torch.Tensor, teacher_emb: torch.Tensor, objective: ObjectiveConfig, ranks: Ranks, *, name: str
+) -> tuple[torch.Tensor, Metrics]:
+    """Relation KL over the global batch, inside one modality. `student_emb` (B, D), `teacher_emb` (B, D_teacher): unit
+    rows."""
+    loss = relation_kl_loss(
+        gather_rows(student_emb, ranks),
+        gather_rows(teacher_emb, ranks),
+        student_temperature=objective.student_temperature,
+        teacher_temperature=objective.teacher_temperature,
+        scope=objective.relation_scope,
+        relation=objective.relation,
+        impl=objective.impl,
+    )
+    return loss, {name: loss.detach()}
