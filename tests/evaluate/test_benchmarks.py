@@ -1,0 +1,188 @@
+"""Benchmarks of the literature: counts, folds, CxC's files, and equality with independent code where installed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evaluate.corpora import make_corpus
+from vlscale.evaluate import benchmarks, evaluate_corpus
+from vlscale.evaluate.benchmarks import folds, identify, listed_columns
+from vlscale.evaluate.protocols import relevance_of
+from vlscale.evaluate.rouge import rouge_table
+
+COLOURS = ["red", "green", "blue", "white", "black"]
+
+
+def coco(images: int, captions: int, noise: float = 0.5):
+    """A corpus with COCO's numbers: image n has cocoid 100 + n and sentids 1000 + its captions' places."""
+    meta = [
+        {"cocoid": 100 + n, "sentids": [1000 + n * captions + place for place in range(captions)]}
+        for n in range(images)
+    ]
+    corpus = make_corpus(images, captions, noise=noise, meta=meta)
+    words = [f"a {COLOURS[i % 5]} {COLOURS[i // 5 % 5]} thing {i % 7}" for i in range(images * captions)]
+    return dataclasses.replace(corpus, captions=words)
+
+
+def test_flickr30k_is_judged_by_rouge_and_says_that_the_counts_differ(tmp_path):
+    corpus = coco(60, 2)
+    result = evaluate_corpus(corpus, "flickr30k", bootstrap=10, cache=tmp_path)
+    assert result.notes[0].startswith(
+        "flickr30k: 60 images and 120 captions are not the benchmark's (test: 1,000 and 5,000"
+    )
+    assert {"i2i/ndcg@50", "t2t/ndcg@10_norm", "i2it/ndcg@10_paper", "t2it/ndcg@20_paper"} <= result.metrics.keys()
+    assert len(list(tmp_path.iterdir())) == 1
+    table = rouge_table(corpus.captions, corpus.text_image, 60, workers=1)
+    assert torch.equal(relevance_of(corpus, result).t2i(torch.arange(120)), table)
+
+
+@pytest.mark.parametrize("name, images, captions", [("flickr30k", 1014, 5070), ("coco-5k", 5000, 25010)])
+def test_the_right_counts_need_no_note(name, images, captions):
+    corpus = dataclasses.replace(make_corpus(10, 1), keys=["k"] * images, captions=["c"] * captions)
+    notes: list[str] = []
+    benchmarks.check_counts(name, corpus, notes)
+    assert notes == []
+
+
+def test_coco_1k_is_the_mean_of_its_folds(monkeypatch):
+    monkeypatch.setattr("vlscale.evaluate.benchmarks.FOLD", 40)
+    corpus = coco(130, 2, noise=1.0)  # three folds and a rest of ten
+    parts = list(folds(corpus))
+    assert [len(part.keys) for part in parts] == [40, 40, 40] and parts[2].captions[0] == corpus.captions[160]
+    whole = evaluate_corpus(corpus, "coco-1k", bootstrap=10)
+    for name in ("rsum", "t2i/r@1", "i2t/mean_rank"):
+        by_fold = [evaluate_corpus(part, "pairs", bootstrap=0)[name].value for part in parts]
+        assert whole[name].value == pytest.approx(np.mean(by_fold)), name
+    assert "t2t/ndcg@10_norm" in whole.metrics
+
+
+def test_coco_1k_needs_a_fold():
+    with pytest.raises(ValueError, match="folds of 1,000 images, got 60"):
+        evaluate_corpus(coco(60, 2), "coco-1k")
+
+
+@pytest.fixture
+def rated(tmp_path):
+    """Image 0 is like image 1 (4.5) and not like image 2; caption 0 (image 0) like caption 6 (image 3)."""
+    (tmp_path / "sis_val.csv").write_text(
+        "image1,image2,agg_score,sampling_method\n"
+        "COCO_val2014_000000000100.jpg,COCO_val2014_000000000101.jpg,4.5,x\n"
+        "COCO_val2014_000000000100.jpg,COCO_val2014_000000000102.jpg,0.5,x\n"
+        "COCO_val2014_000000000103.jpg,COCO_val2014_000000000104.jpg,1.5,x\n"
+        "COCO_val2014_000000000103.jpg,COCO_val2014_000000099999.jpg,5,x\n"
+    )
+    (tmp_path / "sts_val.csv").write_text(
+        "caption1,caption2,agg_score,sampling_method\n"
+        "COCO_val2014:sentid:1000,COCO_val2014:sentid:1006,3.0,x\n"
+        "COCO_val2014:sentid:1002,COCO_val2014:sentid:1008,1.0,x\n"
+    )
+    (tmp_path / "sits_val.csv").write_text(
+        "caption,image,agg_score,sampling_method\n"
+        "COCO_val2014:sentid:1000,COCO_val2014_000000000105.jpg,3.5,x\n"
+        "COCO_val2014:sentid:1002,COCO_val2014_000000000107.jpg,2.9,x\n"
+    )
+    return tmp_path
+
+
+def test_cxc_positives_are_the_pairs_of_3_and_above_and_what_belongs_together(rated, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        benchmarks, "listed_columns", lambda corpus, task, positives, prefix: seen.setdefault(task, positives) and {}
+    )
+    notes: list[str] = []
+    _, estimates = benchmarks.cxc(coco(20, 2), rated, notes)
+    assert seen["i2i"] == {0: [1], 1: [0]}
+    assert seen["t2t"][0] == [1, 6] and seen["t2t"][6] == [0, 7] and seen["t2t"][2] == [3]
+    assert seen["t2i"][0] == [0, 5] and seen["t2i"][2] == [1]
+    assert seen["i2t"][5] == [0, 10, 11] and seen["i2t"][0] == [0, 1]
+    assert notes == ["cxc: 1 of 4 SIS pairs are not in this corpus"]
+    assert estimates["cxc:sis/spearman"].queries == 3
+
+
+def test_cxc_correlation_is_that_of_cosines_with_scores(rated):
+    corpus = coco(20, 2)
+    image_emb = torch.zeros(20, 2)
+    image_emb[:, 1] = 1
+    angles = {0: 0.0, 1: 0.2, 2: 1.4, 3: 0.0, 4: 0.9}  # 0-1 nearest, then 3-4, then 0-2: as people said
+    for place, angle in angles.items():
+        image_emb[place] = torch.tensor([np.cos(angle), np.sin(angle)])
+    result = evaluate_corpus(dataclasses.replace(corpus, image_emb=image_emb, text_emb=corpus.text_emb[:, :2]), "cxc",
+                             bootstrap=10, annotations=rated)  # fmt: skip
+    assert result["cxc:sis/spearman"].value > 90
+    assert result["cxc:i2i/r@1"].queries == 2 and result["cxc:i2i/r@1"].value > 0
+    assert {"cxc:t2t/r@5", "cxc:t2i/r@1", "cxc:i2t/r@10", "cxc:sits/spearman"} <= result.metrics.keys()
+
+
+def test_cxc_without_its_files_or_with_broken_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"csv files, found none in"):
+        evaluate_corpus(coco(20, 2), "cxc", annotations=tmp_path)
+    (tmp_path / "sis_val.csv").write_text("image1,image2,agg_score\n100.jpg,nothing,3\n")
+    with pytest.raises(ValueError, match=r"sis_val.csv: expected CxC's columns.*line 2"):
+        evaluate_corpus(coco(20, 2), "cxc", annotations=tmp_path)
+
+
+def test_images_are_known_by_cocoid_or_by_the_number_of_their_key():
+    corpus = dataclasses.replace(make_corpus(10, 1), keys=[f"COCO_val2014_{n:012d}" for n in range(7, 17)])
+    assert identify(corpus).image[7] == 0 and identify(corpus).caption == {}
+    with pytest.raises(ValueError, match=r"10 of 10 samples have neither a cocoid.*number in their key"):
+        identify(dataclasses.replace(corpus, keys=list("abcdefghij")))
+    with pytest.raises(ValueError, match="9 of 10 samples repeat the cocoid of another"):
+        identify(dataclasses.replace(corpus, meta=[{"cocoid": 5}] * 10))
+
+
+def test_eccv_without_its_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "eccv_caption", None)
+    with pytest.raises(ValueError, match="pip install eccv_caption"):
+        evaluate_corpus(coco(20, 2), "eccv")
+
+
+@pytest.fixture(scope="module")
+def coco_test():
+    """COCO's 5K test split by number, with embeddings of 8 dimensions that know something."""
+    eccv_caption = pytest.importorskip("eccv_caption")
+    truth = eccv_caption.Metrics()
+    images = list(dict.fromkeys(truth.coco_gts["t2i"][int(c)][0] for c in truth.coco_ids))
+    sentids = {image: list(truth.coco_gts["i2t"][image]) for image in images}
+    known = {caption for own in sentids.values() for caption in own}
+    for image, captions in truth.eccv_gts["i2t"].items():  # a few images have a sixth caption, which ECCV knows
+        sentids[image] += [caption for caption in captions if caption not in known]
+        known.update(captions)
+    corpus = make_corpus(5000, 8, noise=0.4, meta=[{"cocoid": image, "sentids": sentids[image]} for image in images])
+    kept = torch.tensor([8 * n + place for n, image in enumerate(images) for place in range(len(sentids[image]))])
+    captions = [corpus.captions[place] for place in kept.tolist()]
+    return truth, dataclasses.replace(
+        corpus, text_emb=corpus.text_emb[kept], text_image=corpus.text_image[kept], captions=captions
+    )
+
+
+@pytest.mark.parametrize("task", ["i2t", "t2i"])
+def test_eccv_equals_eccv_caption(coco_test, task):
+    truth, corpus = coco_test
+    who = identify(corpus)
+    asks, gallery = who.places(task)
+    positives = {asks[q]: [gallery[item] for item in items] for q, items in truth.eccv_gts[task].items()}
+    columns = listed_columns(corpus, task, positives, "")
+    emb = {"i": corpus.image_emb, "t": corpus.text_emb}
+    number = np.array(list(gallery))[np.argsort(list(gallery.values()))]
+    queries = list(truth.eccv_gts[task])
+    scores = emb[task[0]][[asks[q] for q in queries]] @ emb[task[2]].T
+    shown = {q: number[row].tolist() for q, row in zip(queries, scores.topk(60, dim=1).indices.numpy(), strict=True)}
+    theirs = truth.eccv_metrics({task: shown}, task)
+    for ours, name in (("r@1", "eccv_r1"), ("r_precision", "eccv_rprecision"), ("map@r", "eccv_map_at_r")):
+        assert columns[f"{task}/{ours}"][0].mean() == pytest.approx(theirs[name][task], abs=1e-6), name
+
+
+def test_recall_equals_clip_benchmark():
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    corpus = make_corpus(200, 3, noise=1.0)
+    result = evaluate_corpus(corpus, "pairs", bootstrap=0)
+    scores = corpus.text_emb @ corpus.image_emb.T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(600), corpus.text_image] = True
+    for k in (1, 5, 10):
+        t2i = (theirs.recall_at_k(scores, positive, k) > 0).double().mean().item()
+        i2t = (theirs.recall_at_k(scores.T, positive.T, k) > 0).double().mean().item()
+        assert result[f"t2i/r@{k}"].value == pytest.approx(100 * t2i, abs=1e-6)
+        assert result[f"i2t/r@{k}"].value == pytest.approx(100 * i2t, abs=1e-6)

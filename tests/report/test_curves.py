@@ -1,0 +1,43 @@
+"""Which curves a report draws: loss, its parts, rates, and whatever else the runs recorded."""
+
+import dataclasses
+
+import pytest
+
+from vlscale.report.write import curves
+
+
+def titles(charts) -> list[str]:
+    return [chart.title for chart in charts]
+
+
+def test_loss_parts_rates_and_further_records(runs):
+    main, further = curves(runs)
+    assert titles(main) == [
+        "Loss",
+        "Consistency across modalities",
+        "Relations between pictures",
+        "Relations between captions",
+        "Learning rate",
+        "Speed",
+    ]
+    assert titles(further) == ["Logit scale"]
+    assert len(main[0].lines) == 2 and len(main[2].lines) == 1  # only one run has relations
+
+
+def test_a_single_part_is_the_loss_and_is_not_drawn_twice(runs):
+    assert titles(curves(runs[:1])[0]) == ["Loss", "Learning rate", "Speed"]
+
+
+def test_speed_is_pairs_by_seconds_also_after_a_resume(runs):
+    lines = [{"step": step, "loss": 1.0, "samples": 100 * step, "seconds": 0.5} for step in (1, 2, 3)]
+    run = dataclasses.replace(runs[0], metrics=lines)
+    assert curves([run])[0][-1].summary == f"Speed: {run.name} from 200 to 200"
+
+
+@pytest.mark.parametrize("seconds", [0.0, "nan", None])
+def test_a_step_without_a_duration_is_left_out(runs, seconds):
+    lines = [{"step": s, "loss": 1.0, "samples": 10 * s, "seconds": 1.0} for s in (1, 2, 3, 4)]
+    lines[1]["seconds"] = seconds
+    chart = curves([dataclasses.replace(runs[0], metrics=lines)])[0][-1]
+    assert chart.lines[0].smooth.count("L") == 2

@@ -1,0 +1,119 @@
+"""A corpus as embeddings: what every evaluation reads, and how a model makes it, spread over ranks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vlscale.config import DataConfig
+from vlscale.data.faults import BadSample
+from vlscale.data.images import ImageSpec, decode_eval, normalise
+from vlscale.data.samples import Sample, read_samples
+from vlscale.data.tokens import tokenise
+from vlscale.distributed import Ranks
+from vlscale.logging import get_logger
+
+
+@dataclass(frozen=True)
+class EmbeddedCorpus:
+    """I images, T captions, D width; the captions of image i are those whose `text_image` is i."""
+
+    keys: list[str]  # (I,)
+    image_emb: Tensor  # (I, D) float32, L2-normalised
+    text_emb: Tensor  # (T, D) float32, L2-normalised
+    text_image: Tensor  # (T,) int64: the image each caption belongs to
+    captions: list[str]  # (T,)
+    meta: list[dict]  # (I,) each sample's json
+
+
+class Encoder(Protocol):
+    """What a dual encoder offers here: pixels (B, 3, H, W), or ids and mask (B, L), to unit rows (B, D)."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How samples become model inputs."""
+
+    spec: ImageSpec
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+@torch.no_grad()
+def embed_corpus(
+    encoder: Encoder,
+    urls: list[str],
+    data: DataConfig,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    ranks: Ranks,
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> EmbeddedCorpus:
+    """Every sample of `urls` that can be read, with all its captions; the same result on every rank.
+
+    Each rank embeds a contiguous part. The ranks forward in step, with empty batches at the end of shorter parts, since
+    sharded parameters (ZeRO-3) are gathered by all ranks together. `on_batch` hears how many samples were done.
+    """
+    samples = read_samples(urls, data, shard=(ranks.rank, ranks.size))
+    parts = [
+        _embed(encoder, batch, preprocess, ranks.device) for batch in _in_step(samples, batch_size, ranks, on_batch)
+    ]
+    keys, captions, meta, counts, image_emb, text_emb = (
+        [row for part in parts for row in part[field]] for field in range(6)
+    )
+    everyone = ranks.gather_objects((keys, captions, meta, counts, _stack(image_emb), _stack(text_emb)))
+    keys, captions, meta, counts = ([row for part in everyone for row in part[field]] for field in range(4))
+    if not keys:
+        raise ValueError(f"no sample of {' '.join(urls)} could be read: nothing to evaluate")
+    return EmbeddedCorpus(
+        keys=keys,
+        image_emb=torch.cat([part[4] for part in everyone if len(part[4])]),
+        text_emb=torch.cat([part[5] for part in everyone if len(part[5])]),
+        text_image=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+        captions=captions,
+        meta=meta,
+    )
+
+
+def _in_step(
+    samples: Iterator[Sample], batch_size: int, ranks: Ranks, on_batch: Callable[[int], None]
+) -> Iterator[list[Sample]]:
+    """Batches until every rank has run out; a rank that has run out gets empty ones."""
+    while True:
+        batch = list(islice(samples, batch_size))
+        if int(ranks.sum(torch.tensor(len(batch), device=ranks.device))) == 0:
+            return
+        yield batch
+        on_batch(len(batch))
+
+
+def _embed(encoder: Encoder, batch: list[Sample], preprocess: Preprocess, device: torch.device):
+    """Keys, captions, json, captions a sample, and the embeddings of images and captions as lists of rows."""
+    read, images = [], []
+    for sample in batch:
+        try:
+            images.append(torch.from_numpy(decode_eval(sample.image, preprocess.spec)).permute(2, 0, 1))
+            read.append(sample)
+        except BadSample as fault:
+            get_logger().warning("evaluation skips sample %s: %s", sample.key, fault)
+    captions = [caption for sample in read for caption in sample.captions]
+    size = preprocess.spec.size
+    pixels = torch.stack(images) if images else torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    ids, mask = tokenise(preprocess.tokenizer, captions or ["empty"], preprocess.max_length)
+    image_emb = encoder.encode_image(normalise(pixels.to(device), preprocess.spec)).float().cpu()[: len(read)]
+    text_emb = encoder.encode_text(ids.to(device), mask.to(device)).float().cpu()[: len(captions)]
+    counts = [len(sample.captions) for sample in read]
+    return [s.key for s in read], captions, [s.meta for s in read], counts, list(image_emb), list(text_emb)
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0, 0)

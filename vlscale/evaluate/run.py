@@ -1,0 +1,58 @@
+"""Evaluate a saved model on shards: load, embed, measure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from vlscale.config import Config, DataConfig, validate
+from vlscale.data.images import ImageSpec
+from vlscale.distributed import Ranks
+from vlscale.evaluate.embed import EmbeddedCorpus, Preprocess, embed_corpus
+from vlscale.evaluate.protocols import evaluate_corpus
+from vlscale.evaluate.result import EvalResult
+from vlscale.models.hf_folder import load_encoder, quiet
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    model: str  # a run, its final/, or an exported folder
+    data: list[str]  # shard urls
+    protocol: str = "auto"
+    labels: list[str] = field(default_factory=list)
+    caption_key: str | None = None  # None: the run's, else the default
+    batch_size: int = 256
+
+
+def evaluate_model(
+    request: EvalRequest, on_batch: Callable[[int], None] = lambda samples: None
+) -> tuple[EmbeddedCorpus, EvalResult]:
+    """Embed every sample that can be read and measure retrieval on them."""
+    config = run_config(request.model) or Config()
+    data = config.data
+    if request.caption_key is not None:
+        data = DataConfig.model_validate(data.model_dump() | {"caption_key": request.caption_key})
+    quiet()
+    encoder, tokenizer, processor = load_encoder(request.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus = embed_corpus(
+        encoder.to(device),
+        request.data,
+        data,
+        Preprocess(ImageSpec.from_processor(processor), tokenizer, config.model.text.max_length),
+        batch_size=request.batch_size,
+        ranks=Ranks(device=device),
+        on_batch=on_batch,
+    )
+    return corpus, evaluate_corpus(corpus, request.protocol, request.labels or config.eval.labels)
+
+
+def run_config(model: str) -> Config | None:
+    """The resolved config of a run, given the run's folder or its `final/`; None for other folders."""
+    for folder in (Path(model), Path(model).parent):
+        path = folder / "config.yaml"
+        if path.is_file():
+            return validate(yaml.safe_load(path.read_text()), where=str(path))
+    return None

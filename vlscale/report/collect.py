@@ -1,0 +1,22 @@
+"""Gather what a report shows of a run: its metrics, its measures and embeddings, the pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vlscale.config import Config
+from vlscale.data.samples import read_samples
+from vlscale.evaluate.run import EvalRequest, evaluate_model, run_config
+from vlscale.report.runs import RunReport, load_metrics
+
+
+def collect_run(name: str, run: Path, data: list[str], on_batch: Callable[[int], None]) -> RunReport:
+    """Evaluate a finished run on the shards `data` by the protocol of its own config."""
+    config = run_config(str(run)) or Config()
+    request = EvalRequest(str(run), data, config.eval.protocol, config.eval.labels)
+    corpus, result = evaluate_model(request, on_batch)
+    return RunReport(name, run, load_metrics(run), result, corpus, read_images(data, config))
+
+
+def read_images(data: list[str], config: Config) -> dict[str, bytes]:
+    """The encoded picture of every sample, by key."""
+    return {sample.key: sample.image for sample in read_samples(data, config.data)}

@@ -1,0 +1,132 @@
+"""The page: everything the runs have to show, gathered for the template and written as one file."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vlscale.evaluate.embed import EmbeddedCorpus
+from vlscale.evaluate.table import notes
+from vlscale.report import charts
+from vlscale.report.gallery import galleries
+from vlscale.report.relations import relations
+from vlscale.report.runs import RunReport, check_runs, number
+from vlscale.report.tables import sections
+from vlscale.report.verdict import changes, endpoints, headline, reach, training_line
+
+TEMPLATES = Path(__file__).parent / "templates"
+PARTS = {  # parts of the loss in metrics.jsonl -> title
+    "itc": "Consistency across modalities",
+    "relation_image": "Relations between pictures",
+    "relation_text": "Relations between captions",
+    "view": "Two views of a picture",
+    "caption": "Two captions of a sample",
+}
+BOOKKEEPING = {"step", "loss", "lr", "samples", "seconds", "keys", "epoch", "skipped"}  # of no chart by its name
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    name: str
+    trained: str
+    config: str  # its config.yaml, empty where there is none
+
+
+def write_report(
+    path: str | Path, runs: list[RunReport], title: str = "Retrieval report", teacher: EmbeddedCorpus | None = None
+) -> Path:
+    """Write the runs' report, first run = before, last = after, to `path`: one HTML file that needs nothing else.
+
+    `teacher` holds the teachers' embeddings of the same samples, for the pictures of relation matrices.
+    """
+    check_runs(runs, teacher)
+    results = {run.name: run.result for run in runs}
+    found = changes(runs[0].result, runs[-1].result) if len(runs) > 1 else []
+    html = (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=title,
+            headline=headline(runs),
+            runs=[RunFacts(run.name, training_line(run), _config(run.folder)) for run in runs],
+            changes=found,
+            reach=reach(found),
+            reached=[(endpoint, runs[0].result[name]) for endpoint, name in endpoints(runs[0].result)],
+            curves=main_curves,
+            further_curves=further_curves,
+            sections=sections(results),
+            relations=relations(runs, teacher),
+            galleries=galleries(runs),
+            notes=notes(results),
+        )
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def environment() -> Environment:
+    """Every value is escaped: captions, keys and names come from outside."""
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.globals["axes"] = {
+        "width": charts.WIDTH,
+        "height": charts.HEIGHT,
+        "left": charts.LEFT,
+        "right": charts.WIDTH - charts.RIGHT,
+    }
+    return env
+
+
+def curves(runs: list[RunReport]) -> tuple[list[charts.Chart], list[charts.Chart]]:
+    """Loss, its parts where there is more than one, learning rate, speed; and whatever else the runs recorded. All runs
+    on the same axes."""
+
+    def drawn(
+        title: str, values: Callable[[list[dict]], list[float]], unit: str = "", **how: bool
+    ) -> charts.Chart | None:
+        series = [
+            charts.Series(place, run.name, [number(line["step"]) for line in run.metrics], values(run.metrics))
+            for place, run in enumerate(runs)
+        ]
+        return charts.line_chart(title, unit, series, **how)
+
+    def recorded(name: str, title: str, **how: bool) -> charts.Chart | None:
+        return drawn(title, lambda lines: [number(line.get(name)) for line in lines], **how)
+
+    names = dict.fromkeys(name for run in runs for line in run.metrics[:1] for name in line)
+    parts = [name for name in PARTS if name in names]
+    main = [
+        recorded("loss", "Loss"),
+        *(recorded(name, PARTS[name]) for name in (parts if len(parts) > 1 else [])),
+        recorded("lr", "Learning rate", from_zero=True, smooth=False),
+        drawn("Speed", _speed, "pairs a second", from_zero=True),
+    ]
+    others = [name for name in names if name not in PARTS and name not in BOOKKEEPING]
+    further = [recorded(name, name.replace("_", " ").capitalize()) for name in others]
+    return [chart for chart in main if chart is not None], [chart for chart in further if chart is not None]
+
+
+def _speed(lines: list[dict]) -> list[float]:
+    """Pairs a second at each step; `samples` counts from the start."""
+    seen = [0.0, *(number(line.get("samples")) for line in lines)]
+    seconds = [number(line.get("seconds")) for line in lines]
+    return [
+        (after - before) / spent if spent > 0 else float("nan")
+        for before, after, spent in zip(seen, seen[1:], seconds, strict=False)
+    ]
+
+
+def _config(folder: Path) -> str:
+    path = Path(folder) / "config.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,1 @@
+"""Training: one step, the engine under it, checkpoints, and the loop that joins them."""

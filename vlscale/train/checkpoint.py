@@ -1,0 +1,163 @@
+"""Checkpoints that are either complete or not there.
+
+    RUN/checkpoints/step-N/    engine/            DeepSpeed's own files (weights, optimizer states, one file a rank)
+                               rank-R.pt          random states and data-stream state of rank R
+                               manifest.json      written last: step, world size, size and SHA-256 of every file
+
+Everything is written into `.step-N.partial`, flushed to disk, and renamed. A folder whose manifest is missing or does
+not match its files is named in the log and passed over for the one before it.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlscale.distributed import Ranks
+from vlscale.logging import get_logger
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint must agree on with the run that loads it."""
+
+    world_size: int
+    zero_stage: int
+    dtype: str
+    data: str  # hash of the shard manifest
+
+
+@dataclass(frozen=True)
+class Restored:
+    step: int
+    stream_state: Any
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    layout: Layout,
+    stream_state: Any,
+    save_engine: Callable[[Path], None],
+    ranks: Ranks,
+    keep: int,
+) -> Path:
+    """Write `root/step-N` for all ranks together, then remove all but the newest `keep`."""
+    partial, final = root / f".step-{step}.partial", root / f"step-{step}"
+    if ranks.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    save_engine(partial)
+    torch.save({"stream": stream_state, "random": _random_state()}, partial / f"rank-{ranks.rank}.pt")
+    ranks.barrier()
+    if ranks.first:
+        manifest = {"format": FORMAT, "step": step, "layout": vars(layout), "files": _checksums(partial)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(partial)
+        if final.exists():  # an older, damaged one of the same step
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(root)
+        for old in _by_step(root)[keep:]:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+def load_checkpoint(root: Path, layout: Layout, load_engine: Callable[[Path], None], ranks: Ranks) -> Restored | None:
+    """Continue from the newest complete checkpoint under `root`; None when there is none."""
+    folder = ranks.from_first(newest_complete(root) if ranks.first else None)
+    if folder is None:
+        return None
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, expected in vars(layout).items():
+        if manifest["layout"][name] != expected:
+            raise ValueError(
+                f"checkpoint {folder}: made with {name} {manifest['layout'][name]}, got {expected}; "
+                f"continue with the same {name}, or start another run with model.init_from"
+            )
+    load_engine(folder)
+    # Our own file: it holds Python's and NumPy's random states, which the weights-only reader does not know.
+    own = torch.load(folder / f"rank-{ranks.rank}.pt", weights_only=False)
+    _set_random_state(own["random"])
+    return Restored(manifest["step"], own["stream"])
+
+
+def newest_complete(root: Path) -> Path | None:
+    for folder in _by_step(root):
+        fault = _fault(folder)
+        if fault is None:
+            return folder
+        get_logger().warning("checkpoint %s is passed over: %s", folder, fault)
+    return None
+
+
+def _by_step(root: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its manifest is missing or damaged"
+    if manifest.get("format") != FORMAT:
+        return f"its format is {manifest.get('format')}, expected {FORMAT}"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or has another size"
+        if _sha256(path) != digest:
+            return f"{name} has another checksum"
+    return None
+
+
+def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_size, _sha256(p)) for p in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,73 @@
+"""From a batch on the host to what the student and the teachers take on the device."""
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from vlscale.data.batch import Batch
+from vlscale.data.images import ImageSpec, normalise
+from vlscale.data.tokens import tokenise
+from vlscale.models.teachers import Teacher, Teachers
+
+
+class Inputs:
+    """Prepares model inputs. A teacher loaded from elsewhere gets the same augmented sample as the student: the
+    pictures resized to its own size and normalised its own way, the captions by its own tokenizer."""
+
+    def __init__(
+        self,
+        spec: ImageSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        teachers: Teachers | None,
+        device: torch.device,
+        max_length: int,
+    ):
+        self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
+        self._teacher_spec = spec
+        self._teacher_tokenizer = None  # None: the student's token ids serve
+        if teachers is not None and teachers.image.source is not None:
+            self._teacher_spec = ImageSpec.from_processor(AutoImageProcessor.from_pretrained(teachers.image.source))
+        if teachers is not None and teachers.text.source is not None:
+            own = AutoTokenizer.from_pretrained(teachers.text.source)
+            self._teacher_tokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
+
+    def student(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """All views of the pairs, first views first."""
+        images, ids, mask = batch.images, batch.input_ids, batch.attention_mask
+        if batch.second_images is not None:
+            images = torch.cat([images, batch.second_images])
+        if batch.second_input_ids is not None:
+            ids, mask = _stack_tokens(ids, mask, batch.second_input_ids, batch.second_attention_mask)
+        return {
+            "pixels": normalise(images.to(self.device, non_blocking=True), self.spec),
+            "input_ids": ids.to(self.device, non_blocking=True),
+            "attention_mask": mask.to(self.device, non_blocking=True),
+        }
+
+    def teacher_rows(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Image and text embeddings (B, D_teacher) of the teachers for the first views; None without teachers."""
+        if self.teachers is None:
+            return None, None
+        return self._image_rows(self.teachers.image, batch), self._text_rows(self.teachers.text, batch)
+
+    def _image_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
+        images, size = batch.images.to(self.device), self._teacher_spec.size
+        if size != self.spec.size:
+            resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+            images = resized.round().clamp(0, 255).to(torch.uint8)
+        return teacher(pixel_values=normalise(images, self._teacher_spec))
+
+    def _text_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
+        ids, mask = batch.input_ids, batch.attention_mask
+        if self._teacher_tokenizer is not None:
+            ids, mask = tokenise(self._teacher_tokenizer, batch.captions, self.max_length)
+        return teacher(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+
+
+def _stack_tokens(
+    ids: torch.Tensor, mask: torch.Tensor, second_ids: torch.Tensor, second_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two batches of tokens (B, L) and (B, L2), one on top of the other, the shorter padded with masked zeros."""
+    length = max(ids.shape[1], second_ids.shape[1])
+    padded = [F.pad(rows, (0, length - rows.shape[1])) for rows in (ids, second_ids, mask, second_mask)]
+    return torch.cat(padded[:2]), torch.cat(padded[2:])

@@ -1,0 +1,50 @@
+"""Several runs in one launch: stages first, then variants, each in its own folder, in the same process group."""
+
+from pathlib import Path
+
+from vlscale.config import STAGE_PREFIX, Config, PlannedRun
+from vlscale.models.hf_folder import quiet
+from vlscale.train.engine import start_ranks
+from vlscale.train.loop import train_run
+from vlscale.train.setup import check_sizes
+
+
+def train_plan(plan: list[PlannedRun], out: Path, *, resume: bool) -> None:
+    """Train every run of the plan, in order, under `out`. With `resume`, complete runs are left alone and the first
+    incomplete one continues."""
+    if out.is_file():
+        raise ValueError(f"output folder {out} is a file; choose another --out")
+    used = [out / run.name for run in plan if (out / run.name / "config.yaml").exists()]
+    if used and not resume:
+        raise ValueError(
+            f"output folder {used[0]} already holds a run; continue it with --resume or choose another --out"
+        )
+    runs = [(run.name, with_stage_folders(run, plan, out)) for run in plan]
+    for _, config in runs:
+        check_sizes(config)
+    quiet()
+    ranks = start_ranks(runs[0][1].engine)
+    for name, config in runs:
+        train_run(config, out / name, ranks, resume=resume, name=name or out.name)
+
+
+def with_stage_folders(run: PlannedRun, plan: list[PlannedRun], out: Path) -> Config:
+    """The run's config with `stage:NAME` replaced by the folder of that earlier run."""
+    earlier = [each.name for each in plan[: plan.index(run)]]
+
+    def folder(key: str, value: str | None) -> str | None:
+        if value is None or not value.startswith(STAGE_PREFIX):
+            return value
+        name = value.removeprefix(STAGE_PREFIX)
+        if name not in earlier:
+            raise ValueError(
+                f"{key}={value}: no earlier stage has that name; there are: {', '.join(earlier) or 'none'}"
+            )
+        return str(out / name)
+
+    config = run.config
+    teacher = {key: folder(f"teacher.{key}", getattr(config.teacher, key)) for key in ("image", "text")}
+    model = {"init_from": folder("model.init_from", config.model.init_from)}
+    return config.model_copy(
+        update={"teacher": config.teacher.model_copy(update=teacher), "model": config.model.model_copy(update=model)}
+    )

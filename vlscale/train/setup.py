@@ -1,0 +1,123 @@
+"""Everything that a run needs before its first step: folder, tokenizer, image processor, model, teachers, stream."""
+
+import os
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from vlscale.config import Config, dump
+from vlscale.data.images import ImageSpec
+from vlscale.data.lanes import StreamState
+from vlscale.data.samples import read_samples
+from vlscale.data.stream import TrainStream
+from vlscale.data.tokens import train_tokenizer
+from vlscale.distributed import Ranks
+from vlscale.logging import get_logger
+from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_folder
+from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
+from vlscale.models.teachers import Teachers, build_teachers
+from vlscale.models.towers import fit_to_tokenizer, image_size
+from vlscale.train.inputs import Inputs
+
+TOKENIZER = "tokenizer"  # folder in a run
+TOKENIZER_SAMPLES = 100_000  # captions that a new tokenizer learns from: enough for any vocabulary that it may have
+
+
+@dataclass
+class Parts:
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    spec: ImageSpec
+    model: DualEncoder
+    teachers: Teachers | None
+    inputs: Inputs
+
+
+def claim_folder(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
+    """Rank 0 makes the run's folder, once all that can be wrong has been found right: first the tokenizer, and last the
+    resolved `config.yaml`, which is what makes it a run."""
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(folder / TOKENIZER)
+        partial = folder / ".config.yaml.partial"
+        partial.write_text(dump(config))
+        os.replace(partial, folder / "config.yaml")
+    ranks.barrier()
+
+
+def check_sizes(config: Config) -> None:
+    """What can be refused before any rank starts or anything is read."""
+    if config.data.train is None:
+        raise ValueError("data.train is not set: give the training shards, for example data.train='SHARDS/train-*.tar'")
+    batch, size = config.train.global_batch_size, int(os.environ.get("WORLD_SIZE", 1))
+    if batch % size:
+        raise ValueError(
+            f"train.global_batch_size={batch} cannot be divided by the world size {size}; "
+            f"nearest that can: {max(1, batch // size) * size}"
+        )
+
+
+def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState | None) -> TrainStream:
+    """The rank's batches, from the beginning or after the one whose `state` is given."""
+    return TrainStream(
+        config.data,
+        parts.spec,
+        parts.tokenizer,
+        global_batch_size=config.train.global_batch_size,
+        max_length=config.model.text.max_length,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        second_view=config.objective.view_weight > 0,
+        second_caption=config.objective.caption_weight > 0,
+        state=state,
+    )
+
+
+def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
+    """The same on every rank: weights are drawn from `train.seed`."""
+    tokenizer = build_tokenizer(config, folder, ranks)
+    if config.model.text.config is not None:
+        text = config.model.text
+        fitted = text.model_copy(update={"config": fit_to_tokenizer(text.config, tokenizer, text.max_length)})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"text": fitted})})
+    torch.manual_seed(config.train.seed)
+    model = build_dual_encoder(config.model, sigmoid=config.objective.loss == "sigmoid")
+    processor = _image_processor(config, model)
+    spec = ImageSpec.from_processor(processor)
+    teachers = build_teachers(config.teacher, model)
+    if teachers is not None:
+        dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+        for teacher in (teachers.image, teachers.text):
+            teacher.to(ranks.device, dtype)
+    inputs = Inputs(spec, tokenizer, teachers, ranks.device, config.model.text.max_length)
+    torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
+    return Parts(tokenizer, processor, spec, model, teachers, inputs)
+
+
+def build_tokenizer(config: Config, folder: Path, ranks: Ranks) -> PreTrainedTokenizerBase:
+    """The one that this run began with, or the named one, or the starting point's, or one trained on the captions."""
+    text, started = config.model.text, (folder / "config.yaml").is_file() and (folder / TOKENIZER).is_dir()
+    own = str(folder / TOKENIZER) if started else None
+    source = own or text.tokenizer or (config.model.init_from and final_folder(config.model.init_from)) or text.source
+    if source is not None:
+        return load_tokenizer(source)
+    tokenizer = None
+    if ranks.first:
+        get_logger().info("training a tokenizer on the captions of data.train")
+        samples = islice(read_samples(config.data.train, config.data, what="data.train"), TOKENIZER_SAMPLES)
+        captions = (caption for sample in samples for caption in sample.captions)
+        tokenizer = train_tokenizer(captions, text.vocab_size, text.max_length)
+    return ranks.from_first(tokenizer)
+
+
+def _image_processor(config: Config, model: DualEncoder) -> BaseImageProcessor:
+    """The starting point's own, where it has one; pictures of another size than the tower's are refused."""
+    vision, side = config.model.vision, image_size(model.vision_model)
+    source = (config.model.init_from and final_folder(config.model.init_from)) or vision.source
+    if source is None:
+        return new_image_processor(side, vision.mean, vision.std)
+    return load_image_processor(source)
