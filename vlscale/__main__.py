@@ -1,0 +1,3 @@
+from vlscale.cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""`vlscale eval`: the retrieval table of a model on shards."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, its final/, or an exported folder.")],
+    data: Annotated[list[str], typer.Option(help="Shard urls; repeat for more.")],
+    protocol: Annotated[str, typer.Option(help="auto, pairs, synthetic or labels.")] = "auto",
+    label: Annotated[list[str] | None, typer.Option(help="Json field whose equal values are relevant.")] = None,
+    caption_key: Annotated[str | None, typer.Option(help="As data.caption_key.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    json: Annotated[Path | None, typer.Option(help="Also write every number, with intervals, to this file.")] = None,
+) -> None:
+    """Cross-modal, single-modal and mixed retrieval."""
+    from rich.console import Console
+
+    from vlscale.cli.progress import embedding_progress
+    from vlscale.evaluate.run import EvalRequest, evaluate_model
+    from vlscale.evaluate.table import render
+
+    request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size)
+    with embedding_progress(Path(model).name) as on_batch:
+        _, result = evaluate_model(request, on_batch)
+    if json is not None:
+        partial = json.with_name(f".{json.name}.partial")
+        partial.write_text(result.to_json())
+        os.replace(partial, json)
+    Console(width=None if Console().is_terminal else 100).print(render({Path(model).name: result}))

@@ -1,0 +1,30 @@
+"""`vlscale report`: one HTML page of one or several runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, in the order to compare them.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
+    data: Annotated[list[str] | None, typer.Option(help="Shard urls; the first run's data.val by default.")] = None,
+    title: Annotated[str, typer.Option()] = "vlscale report",
+) -> None:
+    """Curves, retrieval tables and galleries, in one self-contained file."""
+    from vlscale.cli.progress import embedding_progress
+    from vlscale.evaluate.run import run_config
+    from vlscale.report.collect import collect_run
+    from vlscale.report.write import write_report
+
+    if data is None:
+        config = run_config(str(runs[0]))
+        data = config and config.data.val
+    if not data:
+        raise ValueError(f"report: {runs[0]} names no data.val; give the shards to evaluate on with --data")
+    reports = []
+    for run in runs:
+        with embedding_progress(run.name) as on_batch:
+            reports.append(collect_run(run.name, run, data, on_batch))
+    print(f"report: {write_report(out, reports, title=title).resolve()}")
