@@ -48,6 +48,7 @@ class DataConfig(Section):
     workers: int = Field(0, ge=0)
     prefetch: int = Field(2, gt=0)  # batches decoded ahead
     manifest_dir: str | None = None  # where shard indexes are kept; null: beside the shards, else the user's cache
+    damaged_shards: Literal["stop", "skip"] = "stop"  # what to do with a shard that is cut short or no tar
     cache_dir: str | None = None  # remote shards are copied there before they are read; null: read by ranges
     cache_gb: float = Field(100.0, gt=0)  # bound of that folder; the copies used longest ago go first
 
@@ -169,7 +170,8 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    global_batch_size: int = Field(256, gt=0)
+    global_batch_size: int = Field(256, gt=0)  # pairs that meet in the loss, over all ranks
+    chunk_size: int | None = Field(None, gt=0)  # pairs whose activations a tower keeps at once; null: all of a rank's
     max_steps: int = Field(1000, gt=0)
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(500, gt=0)

@@ -20,6 +20,8 @@ RUNS = {
     "zero1": "engine: {zero_stage: 1}",
     "zero2": "engine: {zero_stage: 2}",
     "zero3": "engine: {zero_stage: 3}",
+    "chunks": "engine: {zero_stage: 2}, train: {chunk_size: 4}",
+    "chunks-zero3": "engine: {zero_stage: 3}, train: {chunk_size: 4}",
     "bf16": "engine: {zero_stage: 2, dtype: bf16}",
 }
 
@@ -35,7 +37,7 @@ def launch(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProc
 def recipe(tiny_config, tmp_path_factory) -> Path:
     """Contrast and relations to a frozen copy of the start, from a single run of a teacher stage."""
     path = tmp_path_factory.mktemp("recipe") / "stages.yaml"
-    variants = "".join(f"  {name}: {{{engine}}}\n" for name, engine in RUNS.items())
+    variants = "".join(f"  {name}: {{{own}}}\n" for name, own in RUNS.items())
     path.write_text(
         f"base: {tiny_config}\n"
         "teacher: {source: frozen_copy}\n"

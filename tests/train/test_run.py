@@ -116,6 +116,17 @@ def test_kill_9_then_resume_ends_with_the_same_bytes(undisturbed, tiny_config, t
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-5", "step-6"]
 
 
+def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(undisturbed, tiny_config, tmp_path):
+    out = tmp_path / "run"
+    script = VICTIM.replace("SIGKILL", "SIGTERM").format(module="vlscale.train.loop", name="joint_step", call=3)
+    arguments = ["train", str(tiny_config), "--out", str(out), "train.checkpoint_every=100"]
+    stopped = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert stopped.returncode == 75 and "stopped by a signal after step 3; continue with --resume" in stopped.stderr
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]
+    train(tiny_config, out, "train.checkpoint_every=100", resume=True)
+    assert weights(out) == weights(undisturbed)
+
+
 def test_resume_of_a_complete_run_changes_nothing_and_of_none_starts(undisturbed, tiny_config, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
     train(tiny_config, undisturbed, resume=True)
@@ -185,6 +196,7 @@ def refused(capsys, *arguments: str) -> str:
         ("model.init_from=./nowhere", "./nowhere does not exist"),
         ("model.init_from=stage:warm", "stage:warm: no earlier stage has that name"),
         ("data.lanes=3", "3"),
+        ("train.chunk_size=5", "5 does not divide a rank's 32 pairs"),
         ("engine.deepspeed={gradient_clipping: 1}", "gradient_clipping is derived"),
     ],
 )

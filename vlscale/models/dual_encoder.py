@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from vlscale.config import ModelConfig
+from vlscale.models.chunks import in_chunks
 from vlscale.models.towers import build_tower, check_weights, one_line
 
 SCALARS = ("logit_scale", "logit_bias")  # parameters of shape (1,) here: DeepSpeed cannot broadcast 0-d ones
@@ -66,10 +67,19 @@ class DualEncoder(nn.Module):
         out = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
         return unit(self.text_projection(out.pooler_output))
 
-    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Embeddings:
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        chunk_size: int | None = None,
+    ) -> Embeddings:
+        """`chunk_size`: rows that a tower keeps activations of at once, see `in_chunks`."""
         scale = _ProjectedMax.apply(self.logit_scale, self.log_scale_max).float().exp().squeeze()
         bias = None if self.logit_bias is None else self.logit_bias.float().squeeze()
-        return Embeddings(self.encode_image(pixels), self.encode_text(input_ids, attention_mask), scale, bias)
+        image = in_chunks(self.encode_image, chunk_size, pixels)
+        text = in_chunks(self.encode_text, chunk_size, input_ids, attention_mask)
+        return Embeddings(image, text, scale, bias)
 
     def hf_config(self) -> VisionTextDualEncoderConfig:
         vision, text = self.vision_model.config, self.text_model.config

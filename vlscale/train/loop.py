@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from vlscale.config import Config
@@ -18,11 +19,23 @@ from vlscale.train.progress import StepProgress
 from vlscale.train.schedule import learning_rate
 from vlscale.train.setup import Parts, build_parts, build_stream, claim_folder
 from vlscale.train.step import joint_step
+from vlscale.train.stop import StoppedBySignal, StopWatch
 from vlscale.train.validate import Validation
 
 
-def train_run(config: Config, folder: Path, ranks: Ranks, *, resume: bool, name: str) -> None:
-    """Train to `config.train.max_steps`; a run whose `final/` exists is complete and left alone."""
+@dataclass(frozen=True)
+class Job:
+    """What one run is to do, where, and who takes part; `name` is what the log calls it."""
+
+    config: Config
+    folder: Path
+    ranks: Ranks
+    name: str
+
+
+def train_run(job: Job, *, resume: bool) -> None:
+    """Train to `train.max_steps`; a run whose `final/` exists is complete and left alone."""
+    config, folder, ranks, name = job.config, job.folder, job.ranks, job.name
     if resume and (folder / "final").is_dir():
         get_logger().info("%s: complete, nothing to do", name)
         return
@@ -34,7 +47,7 @@ def train_run(config: Config, folder: Path, ranks: Ranks, *, resume: bool, name:
     stream = build_stream(config, parts, ranks, restored and restored.stream_state)
     claim_folder(folder, config, parts.tokenizer, ranks)
     try:
-        _steps(config, folder, ranks, parts, stream, engine, layout, restored.step if restored else 0, name)
+        _steps(job, parts, stream, engine, layout, first_step=restored.step if restored else 0)
         weights = engine.weights()
         if ranks.first:
             save_folder(folder / "final", parts.model, weights, parts.tokenizer, parts.image_processor)
@@ -44,23 +57,15 @@ def train_run(config: Config, folder: Path, ranks: Ranks, *, resume: bool, name:
         engine.close()
 
 
-def _steps(
-    config: Config,
-    folder: Path,
-    ranks: Ranks,
-    parts: Parts,
-    stream: TrainStream,
-    engine: Engine,
-    layout: Layout,
-    first_step: int,
-    name: str,
-) -> None:
+def _steps(job: Job, parts: Parts, stream: TrainStream, engine: Engine, layout: Layout, first_step: int) -> None:
+    config, folder, ranks, name = job.config, job.folder, job.ranks, job.name
     if first_step:
         get_logger().info("%s: continuing after step %d", name, first_step)
     metrics = MetricsFile(folder / "metrics.jsonl", keep_until=first_step) if ranks.first else None
     validation = Validation(config, folder, parts, ranks, keep_until=first_step)
     train = config.train
     with (
+        StopWatch(ranks) as stop_watch,
         closing(iter(stream)) as batches,
         StepProgress(name, first_step, train.max_steps, config.log, shown=ranks.first) as progress,
     ):
@@ -68,7 +73,7 @@ def _steps(
             started = time.perf_counter()
             batch = next(batches)
             lr = learning_rate(config.optim, step, train.max_steps)
-            values = joint_step(engine, parts.inputs, batch, config.objective, ranks, lr)
+            values = joint_step(engine, parts.inputs, batch, config.objective, ranks, lr, train.chunk_size)
             keys = batch_key_hash(batch.keys, batch.positions, ranks)
             seconds = time.perf_counter() - started
             if metrics is not None:
@@ -78,8 +83,12 @@ def _steps(
             progress.step(step, values["loss"], train.global_batch_size)
             if validation.due(step):
                 validation.run(step, engine.module)
-            if step == train.max_steps or step % train.checkpoint_every == 0:
+            stopping = stop_watch.asked()
+            if stopping or step == train.max_steps or step % train.checkpoint_every == 0:
                 keep = train.keep_checkpoints
                 save_checkpoint(folder / "checkpoints", step, layout, batch.state, engine.save, ranks, keep)
+            if stopping and step < train.max_steps:
+                get_logger().info("%s: stopped by a signal after step %d; continue with --resume", name, step)
+                raise StoppedBySignal
     if metrics is not None:
         metrics.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 from vlscale.config import STAGE_PREFIX, Config, PlannedRun
 from vlscale.models.hf_folder import quiet
 from vlscale.train.engine import start_ranks
-from vlscale.train.loop import train_run
+from vlscale.train.loop import Job, train_run
 from vlscale.train.setup import check_sizes
 
 
@@ -25,7 +25,7 @@ def train_plan(plan: list[PlannedRun], out: Path, *, resume: bool) -> None:
     quiet()
     ranks = start_ranks(runs[0][1].engine)
     for name, config in runs:
-        train_run(config, out / name, ranks, resume=resume, name=name or out.name)
+        train_run(Job(config, out / name, ranks, name or out.name), resume=resume)
 
 
 def with_stage_folders(run: PlannedRun, plan: list[PlannedRun], out: Path) -> Config:

@@ -58,6 +58,13 @@ def check_sizes(config: Config) -> None:
             f"train.global_batch_size={batch} cannot be divided by the world size {size}; "
             f"nearest that can: {max(1, batch // size) * size}"
         )
+    local, chunk = batch // size, config.train.chunk_size
+    if chunk is not None and local % chunk:
+        fits = [c for c in range(1, local + 1) if local % c == 0]
+        raise ValueError(
+            f"train.chunk_size={chunk} does not divide a rank's {local} pairs (train.global_batch_size={batch} over "
+            f"{size} ranks); nearest that does: {min(fits, key=lambda c: abs(c - chunk))}"
+        )
 
 
 def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState | None) -> TrainStream:

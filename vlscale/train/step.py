@@ -11,10 +11,16 @@ from vlscale.train.inputs import Inputs
 
 
 def joint_step(
-    engine: Engine, inputs: Inputs, batch: Batch, objective: ObjectiveConfig, ranks: Ranks, lr: float
+    engine: Engine,
+    inputs: Inputs,
+    batch: Batch,
+    objective: ObjectiveConfig,
+    ranks: Ranks,
+    lr: float,
+    chunk_size: int | None,
 ) -> dict[str, float]:
     """Towers, objectives, backward, update. Returns the loss, its parts, the logit scale and the gradient norm."""
-    rows = embed(engine, inputs, batch)
+    rows = embed(engine, inputs, batch, chunk_size)
     loss, parts = total_loss(rows, objective, ranks)
     engine.backward(loss)
     grad_norm = engine.step(lr)
@@ -22,9 +28,9 @@ def joint_step(
     return {name: float(value) for name, value in values.items()} | {"grad_norm": grad_norm}
 
 
-def embed(engine: Engine, inputs: Inputs, batch: Batch) -> Embedded:
+def embed(engine: Engine, inputs: Inputs, batch: Batch, chunk_size: int | None) -> Embedded:
     """One forward of each tower over all views of this rank's pairs, and of the teachers."""
-    out = engine(**inputs.student(batch))
+    out = engine(**inputs.student(batch), chunk_size=chunk_size)
     count = len(batch.keys)
     image, second_image = _views(out.image, count)
     text, second_text = _views(out.text, count)

@@ -1,0 +1,81 @@
+"""The cheap recipes, run as a user runs them: the quick demo through DeepSpeed's launcher, the emoji twin on real
+data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlscale.config import load_plan
+from vlscale.train.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+TWINS = {"demo": "demo-quick", "emoji": "emoji-cpu"}
+
+
+def vlscale(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "vlscale", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_every_recipe_has_a_cheap_twin_without_dropout():
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert recipes == set(TWINS) | set(TWINS.values())
+    for twin in TWINS.values():
+        plan = load_plan(ROOT / "configs" / f"{twin}.yaml")
+        assert {run.config.model.dropout for run in plan} == {0.0}
+        assert any(run.config.teacher.source != "none" for run in plan)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    done = vlscale("demo", "--quick", cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "runs" / "demo", done.stdout
+
+
+def test_the_demo_ends_with_a_table_and_a_report(demo):
+    folder, said = demo
+    for name in ("contrastive only", "contrastive + relations", "rsum", "i2i", "t2t", "i2it", "t2it"):
+        assert name in said
+    report = (folder / "report.html").read_text()
+    assert f"report: {folder / 'report.html'}" in said and "<svg" in report and "data:image/" in report
+
+
+def test_the_demos_fine_tuning_differs_in_the_relations_alone(demo):
+    folder, _ = demo
+    runs = {name: read_metrics(folder / "runs" / name / "metrics.jsonl") for name in ("contrastive", "relations")}
+    keys = {name: [line["keys"] for line in lines] for name, lines in runs.items()}
+    assert keys["contrastive"] == keys["relations"]
+    assert set(runs["relations"][0]) - set(runs["contrastive"][0]) == {"relation_image", "relation_text"}
+
+
+def test_demo_results_hold_every_measure_of_every_run(demo):
+    folder, _ = demo
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results) == 4
+    for result in results.values():
+        assert {"rsum", "i2i/ndcg@10_norm", "t2t/ndcg@10_norm", "i2it/ndcg@10", "t2it/ndcg@10_paper"} <= set(
+            result["metrics"]
+        )
+
+
+def test_the_emoji_twin_trains_and_evaluates_by_its_labels(real_data, tmp_path):
+    shards = real_data / "emoji"
+    arguments = [f"data.train={shards}/emoji-train-*.tar", f"data.val={shards}/emoji-val-*.tar"]
+    done = vlscale("train", str(ROOT / "configs/emoji-cpu.yaml"), "--out", "run", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["skipped"] == 0
+    measured = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert measured["images"] == 505 and measured["labels"] == ["concept", "subgroup"]
+    assert measured["metrics"]["subgroup:i2i/r@10"]["value"] > measured["metrics"]["subgroup:i2i/r@10"]["chance"]
+
+
+def test_the_emoji_recipe_asks_for_its_data(tmp_path):
+    done = vlscale("train", str(ROOT / "configs/emoji-cpu.yaml"), "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "data.train is not set: give the training shards" in done.stderr
+    assert list(tmp_path.iterdir()) == []
