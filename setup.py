@@ -21,7 +21,6 @@ setup(
     package_data={
         "vlscale._kernels": ["csrc/*"],
         "vlscale._configs": ["*.yaml"],
-        "vlscale._launch": ["*.sh", "*.sbatch", "hostfile.example"],
         "vlscale.report": ["templates/*"],
     },
 )

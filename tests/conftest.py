@@ -45,9 +45,9 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """256 training and 64 held-out scenes as shards."""
+    """256 training and 63 held-out scenes as shards."""
     folder = tmp_path_factory.mktemp("corpus") / "scenes"
-    make_corpus(folder, synth_config(pairs=256, val_pairs=64, shard_size=64), processes=1, progress=False)
+    make_corpus(folder, synth_config(pairs=256, val_pairs=63, shard_size=64), processes=1, progress=False)
     return folder
 
 

@@ -1,11 +1,12 @@
 """Configs: defaults, bases, overrides, stages, and one clear line for every mistake."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from vlscale.config import Config, dump, known_keys, load_plan, merge, parse_overrides, validate
+from vlscale.config import Config, Protocol, dump, known_keys, load_plan, merge, parse_overrides, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,3 +117,9 @@ def test_the_stable_keys_exist():
 def test_every_recipe_loads_and_takes_any_objective(path):
     for name in ("contrastive", "covlr"):
         assert load_plan(path, ["data.train=x.tar", f"objective.name={name}"])
+
+
+def test_the_protocols_of_the_config_are_those_of_evaluation():
+    from vlscale.evaluate.protocols import PROTOCOLS
+
+    assert set(get_args(Protocol)) == set(PROTOCOLS)

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 STAGE_PREFIX = "stage:"
+Protocol = Literal["auto", "pairs", "synthetic", "labels", "flickr30k", "vizwiz", "coco-5k", "coco-1k", "cxc", "eccv"]
 
 
 class Section(BaseModel):
@@ -48,6 +49,7 @@ class DataConfig(Section):
     workers: int = Field(0, ge=0)
     prefetch: int = Field(2, gt=0)  # batches decoded ahead
     manifest_dir: str | None = None  # where shard indexes are kept; null: beside the shards, else the user's cache
+    changed_shards: Literal["refuse", "next_epoch"] = "refuse"  # on resume, when the shards are not those of before
     damaged_shards: Literal["stop", "skip"] = "stop"  # what to do with a shard that is cut short or no tar
     cache_dir: str | None = None  # remote shards are copied there before they are read; null: read by ranges
     cache_gb: float = Field(100.0, gt=0)  # bound of that folder; the copies used longest ago go first
@@ -180,8 +182,10 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     every: int | None = Field(None, gt=0)  # steps between evaluations; null: only at the end
-    protocol: Literal["auto", "pairs", "synthetic", "labels"] = "auto"
+    protocol: Protocol = "auto"
     labels: list[str] = []  # json fields whose equal values are relevant (protocol `labels`)
+    annotations: str | None = None  # folder of CxC's csv files (protocol `cxc`)
+    cache: str | None = None  # folder that keeps ROUGE-L relevance (protocols of captioned pictures)
     batch_size: int = Field(256, gt=0)
 
 

@@ -143,6 +143,16 @@ def test_orientation_is_followed(mode):
         assert np.abs(picture.astype(int) - decode_eval(encode(upright, quality=95), SPEC)).mean() < 4
 
 
+def test_exif_of_an_upright_picture_costs_no_speed(monkeypatch):
+    import vlscale.data.images as module
+
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    data = encode(smooth(48, 48), exif=exif)
+    monkeypatch.setattr(module, "open_picture", lambda *arguments: pytest.fail("decoded by Pillow"))
+    assert train(data).shape == (24, 24, 3)
+
+
 @pytest.mark.parametrize("mode", ["fast", "pil"])
 @pytest.mark.parametrize(
     "data",

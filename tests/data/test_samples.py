@@ -12,7 +12,7 @@ import pytest
 
 from vlscale.data.faults import BadShard
 from vlscale.data.manifest import INDEX_FOLDER, build_manifest
-from vlscale.data.samples import open_corpus, read_samples
+from vlscale.data.samples import open_corpus, read_manifest, read_samples
 from vlscale.data.urls import expand
 
 
@@ -81,7 +81,7 @@ def test_faulty_samples_are_left_out_and_named(tmp_path, make_config, caplog):
         "d of",
         "e of",
         "f of",
-        "left out 1 samples when indexing: 1 no picture",
+        "left out when indexing: 1 no picture",
     ):
         assert any(line in message for message in caplog.messages), line
 
@@ -102,6 +102,43 @@ def test_an_index_is_made_once_and_again_when_the_shard_changes(own_corpus, make
     shutil.copy(own_corpus / "train-000001.tar", own_corpus / "train-000000.tar")
     changed = open_corpus(urls, data)
     assert indexed[8:] == ["train-000000.tar"] and changed.hash != first.hash
+
+
+def test_a_manifest_is_one_read_once_it_is_made(own_corpus, make_config, monkeypatch):
+    import vlscale.data.manifest as module
+
+    shutil.rmtree(own_corpus / INDEX_FOLDER, ignore_errors=True)
+    urls, data = str(own_corpus / "train-*.tar"), make_config(own_corpus)
+    first = open_corpus(urls, data)
+    monkeypatch.setattr(module, "load_summary", lambda path: pytest.fail("read an index"))
+    assert open_corpus(urls, data).hash == first.hash
+    (manifest,) = (own_corpus / INDEX_FOLDER).glob("manifest-*.json")
+    monkeypatch.undo()
+    manifest.write_text("{broken")
+    assert open_corpus(urls, data).hash == first.hash
+
+
+def test_an_index_that_is_gone_is_told(own_corpus, make_config):
+    urls, data = str(own_corpus / "train-*.tar"), make_config(own_corpus)
+    samples = read_manifest(open_corpus(urls, data), data)
+    for index in (own_corpus / INDEX_FOLDER).glob("*.idx"):
+        index.unlink()
+    with pytest.raises(BadShard, match="is gone or changed; start again"):
+        list(samples)
+    assert len(list(read_samples(urls, data))) == 2000
+
+
+def test_a_large_member_between_is_not_read(tmp_path, make_config, monkeypatch):
+    from vlscale.data.storage import LocalShard
+
+    write(tmp_path / "x.tar", [("a.jpg", b"p" * 100), ("a.mp4", b"m" * 10_000_000), ("a.txt", b"words")])
+    sizes, read = [], LocalShard.read
+    monkeypatch.setattr(LocalShard, "read", lambda self, start, size: sizes.append(size) or read(self, start, size))
+    data = make_config(tmp_path, caption_key="txt")
+    open_corpus(str(tmp_path / "x.tar"), data)
+    sizes.clear()
+    (sample,) = read_samples(str(tmp_path / "x.tar"), data)
+    assert (sample.image, sample.captions, sizes) == (b"p" * 100, ["words"], [100, 5])
 
 
 def test_a_half_made_manifest_is_gone_on_with(own_corpus, make_config):
@@ -137,7 +174,7 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(own_corpus, make_config,
 def test_manifest_dir_is_used_alone(own_corpus, make_config, tmp_path):
     shutil.rmtree(own_corpus / INDEX_FOLDER, ignore_errors=True)
     open_corpus(str(own_corpus / "train-*.tar"), make_config(own_corpus, manifest_dir=str(tmp_path / "m")))
-    assert not (own_corpus / INDEX_FOLDER).exists() and len(os.listdir(tmp_path / "m")) == 8
+    assert not (own_corpus / INDEX_FOLDER).exists() and len(list((tmp_path / "m").glob("*.idx"))) == 8
 
 
 def test_patterns_expand_in_order(corpus):
@@ -174,6 +211,21 @@ def test_a_shard_that_is_no_tar(tmp_path, make_config):
     (tmp_path / "train-0.tar").write_bytes(b"this is no tar" * 100)
     with pytest.raises(BadShard, match="is no tar"):
         open_corpus(str(tmp_path / "train-0.tar"), make_config(tmp_path))
+
+
+def test_damaged_shards_are_left_out_when_asked(own_corpus, run_stream, keys_of, make_config, caplog):
+    os.truncate(own_corpus / "train-000002.tar", 50_000)
+    with pytest.raises(BadShard, match=r"train-000002.tar.*cut short"):
+        run_stream(1, folder=own_corpus)
+    data = make_config(own_corpus, damaged_shards="skip")
+    with caplog.at_level(logging.WARNING, logger="vlscale"):
+        logging.getLogger("vlscale").propagate = True
+        rows, state = run_stream(4, data=data)
+    assert any("train-000002.tar" in message and "cut short" in message for message in caplog.messages)
+    assert "left out when indexing: 1 damaged shard" in caplog.text
+    more, _ = run_stream(30, 2, state=state, data=data)
+    seen = {int(key.split("-")[1]) // 270 for keys in keys_of(rows + more) for key in keys}
+    assert seen == {0, 1, 3, 4, 5, 6, 7}
 
 
 def test_a_caption_key_that_no_sample_has(corpus, make_config):

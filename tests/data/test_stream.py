@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from vlscale.config import AugmentConfig
 from vlscale.data.keyed import hash64
-from vlscale.data.lanes import LANE_STATE, BlockTable, choose_lanes, merge_states
+from vlscale.data.lanes import LANE_STATE, BlockTable, SourceLane, choose_lanes, merge_states
 from vlscale.data.stream import TrainStream
 
 
@@ -156,6 +157,18 @@ def test_changed_shards_are_not_resumed(own_corpus, run_stream):
         run_stream(1, folder=own_corpus, state=state)
 
 
+def test_changed_shards_go_on_with_the_next_epoch_when_asked(own_corpus, run_stream, keys_of, make_config):
+    state = run_stream(5, folder=own_corpus)[1]
+    os.remove(own_corpus / "train-000007.tar")
+    data = make_config(own_corpus, changed_shards="next_epoch")
+    rows, after = run_stream(4, state=state, data=data)
+    again, _ = run_stream(4, 4, state=state, data=data)
+    assert keys_of(rows) == keys_of(again) and (after.rows["epoch"] >= 1).all()
+    assert rows[-1][0].epoch == 9 * 64 / 1890
+    more, _ = run_stream(2, state=after, data=make_config(own_corpus))
+    assert len(keys_of(more)[0]) == 64
+
+
 def damage_picture(path, key):
     """Overwrites the picture of one sample."""
     data = bytearray(path.read_bytes())
@@ -230,6 +243,13 @@ def test_augmentation_changes_with_the_epoch_alone(run_stream, corpus, make_conf
         for key, image in zip(batch.keys, batch.images, strict=True):
             views.setdefault(key, []).append(image)
     assert all(not torch.equal(seen[0], seen[1]) for seen in views.values())
+
+
+def test_captions_that_are_cut_are_counted(run_stream):
+    short, whole = (run_stream(1, max_length=length)[0][0][0] for length in (12, 100))
+    lengths = whole.attention_mask.sum(dim=1)
+    assert short.truncated == int((lengths > 12).sum()) > 10 and whole.truncated == 0
+    assert short.input_ids.shape[1] == 12
 
 
 def test_pair_id_from_json(emoji_folder, tokenizer, spec, make_config, tmp_path):
@@ -309,3 +329,18 @@ def test_blocks_cover_every_sample_once(counts, lanes):
     assert table.num_blocks >= lanes
     some = np.array([table.num_blocks - 1, 0])
     assert table.samples(some)[0][0] == len(counts) - 1 and table.samples(some)[1][-1] < table.block_size
+
+
+def test_the_order_of_a_billion_samples_needs_little_memory():
+    counts = np.full(100_000, 10_000)
+    tracemalloc.start()
+    table = BlockTable(counts, 64)
+    lanes = [
+        SourceLane(table, 0, lane, lanes=64, window=8, seed=0, state=np.zeros((), LANE_STATE)) for lane in range(64)
+    ]
+    seen = {lane.next() for lane in lanes for _ in range(2_000)}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.num_samples == 10**9 and table.block_size == 1000
+    assert len(seen) == 128_000 and len({shard for _, shard, _ in seen}) > 60 * 8 * 0.9
+    assert peak < 150e6

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vlscale.data.faults import BadShard
+from vlscale.data.shard_index import ShardIndex, load_summary
 from vlscale.data.storage import LocalShard
-from vlscale.data.tar import MemberKeys, ShardIndex, index_shard, split_name
+from vlscale.data.tar import MemberKeys, index_shard, split_name
 
 KEYS = MemberKeys(("jpg", "png"), "txt")
 LONG = "d" * 90 + "/" + "n" * 120
@@ -142,10 +143,20 @@ def test_a_saved_index_is_the_same_and_a_damaged_one_is_not_used(tmp_path):
     path = tmp_path / "s.idx"
     index.save(path)
     loaded = ShardIndex.load(path)
-    assert loaded.digest() == index.digest() and loaded.key(1) == "é" and np.array_equal(loaded.rows, index.rows)
+    assert loaded.digest == index.digest and loaded.key(1) == "é" and np.array_equal(loaded.rows, index.rows)
     assert [entry.name for entry in tmp_path.iterdir() if "partial" in entry.name] == []
-    path.write_bytes(path.read_bytes()[:-1])
-    assert ShardIndex.load(path) is None
+    assert load_summary(path) == index.summary()
+    whole = path.read_bytes()
+    for damaged in (
+        whole[:-1],
+        whole[:-70],
+        whole[:20],
+        whole[:30] + b"x" + whole[31:],
+        whole[:-9] + b"x" + whole[-8:],
+        b"",
+    ):
+        path.write_bytes(damaged)
+        assert ShardIndex.load(path) is None
     assert ShardIndex.load(tmp_path / "none") is None
 
 

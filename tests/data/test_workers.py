@@ -75,6 +75,17 @@ def test_a_worker_that_is_killed_is_told(corpus, tokenizer, spec, make_config):
     iterator.close()
 
 
+def test_signals_for_the_trainer_do_not_end_its_workers(corpus, tokenizer, spec, make_config):
+    before = set(psutil.Process().children())
+    stream = TrainStream(make_config(corpus, workers=1, prefetch=1), spec, tokenizer, global_batch_size=64, seed=0)
+    next(iterator := iter(stream))
+    (worker,) = set(psutil.Process().children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        worker.send_signal(number)
+    assert all(next(iterator).keys for _ in range(8)) and worker.is_running()
+    iterator.close()
+
+
 def test_a_stream_that_is_left_ends_its_workers(corpus, tokenizer, spec, make_config):
     before = set(psutil.Process().children())
     stream = TrainStream(make_config(corpus, workers=2), spec, tokenizer, global_batch_size=64, seed=0)

@@ -1,6 +1,9 @@
 """Benchmarks of the literature: counts, folds, CxC's files, and equality with independent code where installed."""
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +41,20 @@ def test_flickr30k_is_judged_by_rouge_and_says_that_the_counts_differ(tmp_path):
     assert torch.equal(relevance_of(corpus, result).t2i(torch.arange(120)), table)
 
 
+def test_a_random_model_scores_ndcg_of_a_half_on_flickr30k():
+    """0.52 in the papers' column, before anything is learnt: why the fixed column stands over chance."""
+    root = Path(os.environ.get("VLSCALE_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+    path = root / "captions" / "flickr30k_val.json"
+    if not path.is_file():
+        pytest.skip("no captions/flickr30k_val.json; set VLSCALE_TEST_DATA to the folder that holds captions/")
+    captions = [caption for entry in json.loads(path.read_text()) for caption in entry["caption"]]
+    corpus = dataclasses.replace(make_corpus(1014, 5, noise=100.0), captions=captions)
+    result = evaluate_corpus(corpus, "flickr30k", bootstrap=0)
+    assert result.notes == []
+    assert result["i2i/ndcg@10_paper"].value == pytest.approx(52.5, abs=1)
+    assert result["i2i/ndcg@10_norm"].value == pytest.approx(0, abs=1.5)
+
+
 @pytest.mark.parametrize("name, images, captions", [("flickr30k", 1014, 5070), ("coco-5k", 5000, 25010)])
 def test_the_right_counts_need_no_note(name, images, captions):
     corpus = dataclasses.replace(make_corpus(10, 1), keys=["k"] * images, captions=["c"] * captions)
@@ -51,6 +68,8 @@ def test_coco_1k_is_the_mean_of_its_folds(monkeypatch):
     corpus = coco(130, 2, noise=1.0)  # three folds and a rest of ten
     parts = list(folds(corpus))
     assert [len(part.keys) for part in parts] == [40, 40, 40] and parts[2].captions[0] == corpus.captions[160]
+    assert torch.equal(parts[1].image_emb, corpus.image_emb[40:80]) and parts[1].keys == corpus.keys[40:80]
+    assert torch.equal(parts[1].text_emb, corpus.text_emb[80:160]) and parts[1].text_image.tolist()[:3] == [0, 0, 1]
     whole = evaluate_corpus(corpus, "coco-1k", bootstrap=10)
     for name in ("rsum", "t2i/r@1", "i2t/mean_rank"):
         by_fold = [evaluate_corpus(part, "pairs", bootstrap=0)[name].value for part in parts]

@@ -7,10 +7,12 @@ import torch
 
 from vlscale.evaluate.metrics import (
     Ranks,
+    at_r_chance,
     best_positive,
     ndcg,
     over_chance,
     own_modality,
+    own_modality_chance,
     precision_at_r,
     recall_chance,
 )
@@ -156,10 +158,20 @@ def test_tied_precision_at_r_is_the_mean_over_all_orders(positive):
     assert [found.r_precision.item(), found.map_at_r.item()] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("positives, gallery", [(1, 1), (1, 7), (3, 7), (7, 7), (5, 40)])
+def test_chance_of_precision_at_r_is_that_of_equal_scores(positives, gallery):
+    marked = torch.arange(gallery)[None] < positives
+    found = precision_at_r(torch.zeros(1, gallery), marked)
+    chance = at_r_chance(torch.tensor([positives]), torch.tensor([gallery]))
+    assert chance.r_precision.item() == pytest.approx(found.r_precision.item())
+    assert chance.map_at_r.item() == pytest.approx(found.map_at_r.item())
+
+
 def test_own_modality_is_a_share_of_what_is_shown():
     own = torch.tensor([True, True, False, False])
     assert own_modality(table([0.9, 0.1, 0.8, 0.7]), own, 2).item() == 0.5
     assert own_modality(table([0.9, 0.1, 0.8, 0.7]), own, 2, torch.tensor([[0]])).item() == 0
+    assert own_modality_chance(own, torch.tensor([[0, -1], [-1, -1]])).tolist() == pytest.approx([1 / 3, 1 / 2])
 
 
 def test_ndcg_equals_scikit_learn():

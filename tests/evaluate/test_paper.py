@@ -73,5 +73,17 @@ def test_the_query_in_its_own_mixed_gallery_flatters(tables):
     assert (found["i2it/ndcg@1_paper"][0] == 1).all()  # it finds itself
 
 
+def test_chance_is_what_random_embeddings_score(tables):
+    _, table = tables
+    values, chances = [], []
+    for seed in range(60):
+        corpus = make_corpus(24, 3, noise=50.0, seed=seed)
+        found = paper_columns(corpus, CaptionRelevance(table, corpus.text_image), (K,))
+        values.append(found["t2t/ndcg@10_paper"][0].mean())
+        chances.append(found["t2t/ndcg@10_paper/chance"][0].mean())
+    assert np.ptp(chances) < 1e-9
+    assert np.mean(values) == pytest.approx(chances[0], abs=0.02)
+
+
 def test_first_captions():
     assert first_captions(torch.tensor([2, 0, 0, 2]), 4).tolist() == [1, -1, 0, -1]

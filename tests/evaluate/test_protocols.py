@@ -166,6 +166,14 @@ def test_results_survive_json_and_compare_pairwise(synthetic):
     assert compare(read, second, "rsum").low is None  # intervals of differences are not in the file
 
 
+def test_every_interval_holds_its_value(synthetic):
+    result = evaluate_corpus(synthetic, bootstrap=200)
+    for name, measure in result.metrics.items():
+        if not name.endswith("median_rank"):
+            assert measure.low <= measure.value <= measure.high, name
+            assert len(result.replicates[name]) == 200
+
+
 def test_small_galleries_shorten_the_cutoffs_with_a_note(scene_meta):
     result = evaluate_corpus(make_corpus(30, 1, meta=scene_meta[:30]), bootstrap=0)
     assert "i2i/ndcg@20" in result.metrics and "i2i/ndcg@50" not in result.metrics
@@ -199,6 +207,16 @@ def test_a_caption_of_no_image_is_refused():
     corpus = make_corpus(20, 1)
     with pytest.raises(ValueError, match="images 0 to 20, but there are 20 images"):
         evaluate_corpus(dataclasses.replace(corpus, text_image=torch.cat([corpus.text_image[:-1], torch.tensor([20])])))
+
+
+def test_repeated_keys_and_embeddings_that_are_no_numbers_are_refused():
+    corpus = make_corpus(20, 1)
+    with pytest.raises(ValueError, match=r"2 sample keys stand for more than one sample \(a, b\)"):
+        evaluate_corpus(dataclasses.replace(corpus, keys=["a", "b", "a", "b", *corpus.keys[4:]]))
+    broken = corpus.text_emb.clone()
+    broken[[3, 7], 0] = torch.tensor([torch.nan, torch.inf])
+    with pytest.raises(ValueError, match="2 of 20 text embeddings are not finite"):
+        evaluate_corpus(dataclasses.replace(corpus, text_emb=broken))
 
 
 def test_missing_labels_match_nobody():

@@ -60,11 +60,11 @@ OPS = {
     ),
     "sigmoid_forward": lambda: (
         sigmoid.forward_op,
-        (leaf(X), leaf(Y), leaf(9.0), leaf(-5.0), None, [True, False, True, False]),
+        (leaf(X), leaf(Y), leaf(9.0), leaf(-5.0), None, [True, False, True, False], "chunked"),
     ),
     "relation_kl_forward": lambda: (
         relation_kl.forward_op,
-        (leaf(X), leaf([9.0]), Y, torch.ones(1), [8], "cosine", False),
+        (leaf(X), leaf([9.0]), Y, torch.ones(1), [8], "cosine", False, "chunked"),
     ),
     "relation_match_forward": lambda: (
         relation_match.forward_op,

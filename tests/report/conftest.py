@@ -57,7 +57,7 @@ def curve(steps: int, floor: float, relations: bool) -> list[dict]:
         line = {
             "step": step,
             "loss": contrastive,
-            "itc": contrastive,
+            "contrastive": contrastive,
             "logit_scale": 14.0 + step / 20,
             "lr": 1e-3 * min(1, step / 20),
         }

@@ -29,7 +29,7 @@ def test_a_single_part_is_the_loss_and_is_not_drawn_twice(runs):
     assert titles(curves(runs[:1])[0]) == ["Loss", "Learning rate", "Speed"]
 
 
-def test_speed_is_pairs_by_seconds_also_after_a_resume(runs):
+def test_speed_is_pairs_by_seconds(runs):
     lines = [{"step": step, "loss": 1.0, "samples": 100 * step, "seconds": 0.5} for step in (1, 2, 3)]
     run = dataclasses.replace(runs[0], metrics=lines)
     assert curves([run])[0][-1].summary == f"Speed: {run.name} from 200 to 200"

@@ -140,6 +140,8 @@ def test_marks_are_right(runs, tmp_path):
                 wrong = [r.relevance for r in answer.results if not r.right]
                 right = [r.relevance for r in answer.results if r.right]
                 assert not wrong or not right or max(wrong) < min(right)
+        results = [r for q in found[task].questions for answer in q.answers for r in answer.results]
+        assert any(r.right for r in results) and any(not r.right and r.relevance > 0.05 for r in results)
 
 
 def test_a_query_never_finds_itself(runs):
@@ -168,6 +170,15 @@ def test_one_run_alone(runs, tmp_path):
     assert any(text.startswith("contrastive only reached: cross-modal search") for text in page.text)
 
 
+def test_of_several_runs_the_last_two_are_compared(runs, tmp_path):
+    earlier = dataclasses.replace(runs[1], name="an earlier run")
+    page = Page(write_report(tmp_path / "three.html", [earlier, *runs]).read_text())
+    assert any(text.startswith("Compared with contrastive only, contrastive + relations is") for text in page.text)
+    heads = [attrs.get("class") for attrs in page.of("div") if attrs.get("class", "").startswith("answer run")]
+    assert set(heads) == {"answer run1", "answer run2"}  # each in the colour it has in the curves
+    assert page.text.count("an earlier run") > 3  # in the list, the legend and the tables
+
+
 def test_a_pairs_result_shows_the_cross_modal_galleries_only(runs, tmp_path):
     plain = [dataclasses.replace(run, result=evaluate_corpus(run.corpus, "pairs", bootstrap=20)) for run in runs]
     page = Page(write_report(tmp_path / "pairs.html", plain).read_text())
@@ -179,6 +190,14 @@ def test_a_pairs_result_shows_the_cross_modal_galleries_only(runs, tmp_path):
         "t2i",
         "settings",
     }
+
+
+def test_relevance_by_rouge_is_called_so(runs, tmp_path):
+    by_words = [dataclasses.replace(run, result=evaluate_corpus(run.corpus, "vizwiz", bootstrap=0)) for run in runs]
+    words = " ".join(Page(write_report(tmp_path / "rouge.html", by_words).read_text()).text)
+    assert "The meter is relevance by ROUGE-L." in words and "true relevance" not in words
+    assert "is higher at" in words and "is better at" not in words  # no resamples, so there is no verdict
+    assert "vizwiz: 120 images and 600 captions are not the benchmark's" in words
 
 
 def test_labels_and_pictures_that_cannot_be_read(runs, tmp_path):
@@ -193,7 +212,8 @@ def test_labels_and_pictures_that_cannot_be_read(runs, tmp_path):
         ).read_text()
     )
     assert not page.of("img") and "picture cannot be shown" in page.text
-    assert "Same kind" in " ".join(page.text)
+    words = " ".join(page.text)
+    assert "Same kind" in words and "✓ has the kind of the query, ✗ another." in words
 
 
 def test_runs_of_other_samples_or_equal_names_are_refused(runs, tmp_path):

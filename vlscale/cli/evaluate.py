@@ -2,18 +2,22 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from vlscale.config import Protocol
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, its final/, or an exported folder.")],
     data: Annotated[list[str], typer.Option(help="Shard urls; repeat for more.")],
-    protocol: Annotated[str, typer.Option(help="auto, pairs, synthetic or labels.")] = "auto",
+    protocol: Annotated[str, typer.Option(help=", ".join(get_args(Protocol)))] = "auto",
     label: Annotated[list[str] | None, typer.Option(help="Json field whose equal values are relevant.")] = None,
     caption_key: Annotated[str | None, typer.Option(help="As data.caption_key.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    annotations: Annotated[Path | None, typer.Option(help="Folder of CxC's csv files.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps ROUGE-L relevance.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write every number, with intervals, to this file.")] = None,
 ) -> None:
     """Cross-modal, single-modal and mixed retrieval."""
@@ -23,7 +27,7 @@ def evaluate(
     from vlscale.evaluate.run import EvalRequest, evaluate_model
     from vlscale.evaluate.table import render
 
-    request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size)
+    request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache)
     with embedding_progress(Path(model).name) as on_batch:
         _, result = evaluate_model(request, on_batch)
     if json is not None:

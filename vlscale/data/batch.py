@@ -23,6 +23,7 @@ class Batch:
     state: StreamState  # of this rank's lanes, after this batch
     epoch: float  # passes over the corpus so far
     skipped: int  # samples of this rank's lanes that failed so far
+    truncated: int = 0  # captions of this batch that were longer than the model takes, and were cut
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

@@ -89,17 +89,17 @@ def check_corpus(
 def check_shard(path: str, data: DataConfig, duplicates: bool) -> CorpusReport:
     report = CorpusReport(shards=1)
     try:
-        index, place = shard_index(path, data)
-        report.bytes = index.size
-        report.faults.update(index.skipped)
-        report.named = [f"{line} ({path})" for line in index.named[:_NAMED]]
-        reader = SampleReader(Manifest([path], np.array([len(index)]), [index.digest()], [place], Counter()), data)
-        for row in range(len(index)):
+        summary, place = shard_index(path, data)
+        report.bytes = summary.size
+        report.faults.update(summary.skipped)
+        report.named = [f"{line} ({path})" for line in summary.named[:_NAMED]]
+        reader = SampleReader(Manifest([path], np.array([summary.count]), [summary.digest], [place], Counter()), data)
+        for row in range(summary.count):
             try:
                 _check_sample(reader.read(0, row, with_json=True), data, duplicates, report)
             except BadSample as fault:
                 report.faults[fault.kind] += 1
-                report.named.append(f"{index.key(row)}: {fault} ({path})")
+                report.named.append(f"{reader.key(0, row)}: {fault} ({path})")
         reader.close()
     except BadShard as error:
         report.bad_shards.append(str(error))

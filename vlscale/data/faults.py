@@ -10,4 +10,8 @@ class BadSample(ValueError):
 
 
 class BadShard(ValueError):
-    """A shard that is no complete tar, or is not what the manifest says."""
+    """A shard that cannot be read, or is not what the manifest says."""
+
+
+class DamagedShard(BadShard):
+    """A shard that is no complete tar: a property of its bytes, so every process finds the same."""

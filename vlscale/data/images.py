@@ -27,6 +27,7 @@ MAX_PIXELS = 64_000_000
 NUM_DRAWS = 8  # uniform numbers that one augmented view takes
 _NOISE_TABLE = 1 << 20
 _EXIF_SEARCH = 4096  # bytes; the Exif marker stands first in files that have it
+_ORIENTATION = 0x0112  # Exif tag; 1 is upright
 
 cv2.setNumThreads(1)
 
@@ -94,7 +95,7 @@ def decode_eval(data: bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> n
     width, height = (spec.resize_to, scaled_long) if width <= height else (scaled_long, spec.resize_to)
     left, top = (width - spec.size) // 2, (height - spec.size) // 2
     resized = np.array(picture.resize((width, height), spec.resample))
-    return resized[top : top + spec.size, left : left + spec.size]
+    return np.ascontiguousarray(resized[top : top + spec.size, left : left + spec.size])
 
 
 def decode_train(
@@ -177,7 +178,7 @@ def _decode_scaled(
 ) -> tuple[np.ndarray, int, int]:
     """The picture, perhaps smaller than it is, but with no fewer than S pixels along each side of the crop; its full
     width and height."""
-    if data[:2] != b"\xff\xd8" or b"Exif" in data[:_EXIF_SEARCH]:
+    if data[:2] != b"\xff\xd8" or (b"Exif" in data[:_EXIF_SEARCH] and _is_turned(data)):
         picture = open_picture(data, max_pixels)
         return np.asarray(picture), *picture.size
     try:
@@ -194,6 +195,14 @@ def _decode_scaled(
     except ValueError as error:
         raise BadSample("broken picture", str(error)) from None
     return picture, width, height
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether a JPEG's Exif says that it lies on a side; True also when that cannot be read, for Pillow to judge."""
+    try:
+        return Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_ORIENTATION, 1) != 1
+    except Exception:
+        return True
 
 
 def _crop_box(

@@ -40,6 +40,13 @@ class StreamState:
             )
         return replace(self, first=first, rows=self.rows[start : start + count].copy())
 
+    def next_epoch(self, manifest: str) -> "StreamState":
+        """Over to other shards: every lane starts its next epoch, as its place in this one means nothing there."""
+        rows = self.rows.copy()
+        rows["epoch"] += 1
+        rows["window"] = rows["position"] = 0
+        return replace(self, manifest=manifest, rows=rows)
+
 
 def merge_states(states: list[StreamState]) -> StreamState:
     """The state of all lanes from the states of all ranks, in any order."""

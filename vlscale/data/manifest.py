@@ -4,10 +4,11 @@ Indexes are files, made once: beside the shards in `.vlscale-index/`, or in the 
 be written, or in `data.manifest_dir`. An index is made again when its shard's size or time has changed.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from vlscale.config import DataConfig
-from vlscale.data.faults import BadShard
-from vlscale.data.storage import open_shard, scheme_of, stamp
-from vlscale.data.tar import MemberKeys, ShardIndex, index_shard
+from vlscale.data.faults import BadShard, DamagedShard
+from vlscale.data.shard_index import ShardIndex, ShardSummary, load_summary
+from vlscale.data.storage import open_shard, partial_of, scheme_of, stamp
+from vlscale.data.tar import MemberKeys, index_shard
 from vlscale.logging import get_logger
 
 INDEX_FOLDER = ".vlscale-index"
+DAMAGED = "damaged"  # in place of the digest of a shard that is left out
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Manifest:
 
     def index(self, shard: int) -> ShardIndex:
         index = ShardIndex.load(self.index_paths[shard])
-        if index is None or index.digest() != self.digests[shard]:
+        if index is None or index.digest != self.digests[shard]:
             raise BadShard(
                 f"index {self.index_paths[shard]} of shard {self.urls[shard]} is gone or changed; start again"
             )
@@ -73,40 +76,47 @@ def build_manifest(
     `first` is the shard to begin with: ranks that begin at different ones share the work, since each takes what
     another has finished. `on_shard` is told the samples of every shard as it is done.
     """
-    found: dict[int, tuple[ShardIndex, Path]] = {}
+    known = _remembered(shards, data)
+    found: dict[int, tuple[ShardSummary, Path]] = {}
     for shard in [*range(first, len(shards)), *range(first)]:
-        found[shard] = shard_index(shards[shard], data)
-        on_shard(len(found[shard][0]))
-    indexes = [found[shard][0] for shard in range(len(shards))]
+        found[shard] = known.get(shards[shard]) or shard_index(shards[shard], data)
+        on_shard(found[shard][0].count)
+    summaries = [found[shard][0] for shard in range(len(shards))]
     manifest = Manifest(
         shards,
-        np.array([len(index) for index in indexes], dtype=np.int64),
-        [index.digest() for index in indexes],
+        np.array([summary.count for summary in summaries], dtype=np.int64),
+        [summary.digest for summary in summaries],
         [found[shard][1] for shard in range(len(shards))],
-        sum((index.skipped for index in indexes), Counter()),
+        sum((Counter(summary.skipped) for summary in summaries if summary.skipped), Counter()),
     )
-    _tell(manifest, indexes, data)
+    if len(known) < len(shards) > 1:
+        _remember(manifest, summaries, data)
+    _tell(manifest, summaries, data)
     return manifest
 
 
-def shard_index(url: str, data: DataConfig) -> tuple[ShardIndex, Path]:
-    """The shard's index, loaded or made, and where it lies."""
-    keys, found = member_keys(data), stamp(url)
+def shard_index(url: str, data: DataConfig) -> tuple[ShardSummary, Path]:
+    """The shard's index, found or made: its summary, and where it lies."""
+    keys, now = member_keys(data), stamp(url)
     places = _places(url, keys, data.manifest_dir)
     for place in places:
-        index = ShardIndex.load(place)
-        if index is not None and (index.size, index.version) == (found.size, found.version):
-            return index, place
+        summary = load_summary(place)
+        if summary is not None and (summary.size, summary.version) == (now.size, now.version):
+            return summary, place
     shard = open_shard(url, data)
     try:
-        index = index_shard(shard, url, keys, found.version)
+        index = index_shard(shard, url, keys, now.version)
+    except DamagedShard as error:
+        if data.damaged_shards == "stop":
+            raise
+        return ShardSummary(now.size, now.version, 0, DAMAGED, {"damaged shard": 1}, [str(error)]), places[0]
     finally:
         shard.close()
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             index.save(place)
-            return index, place
+            return index.summary(), place
         except OSError as error:
             problem = error
     raise ValueError(
@@ -114,26 +124,80 @@ def shard_index(url: str, data: DataConfig) -> tuple[ShardIndex, Path]:
     )
 
 
+def _remembered(shards: list[str], data: DataConfig) -> dict[str, tuple[ShardSummary, Path]]:
+    """What the manifest's own file tells of the shards: one read instead of one a shard.
+
+    Local shards that have changed since are left out. Remote ones are not asked, as a corpus may have 100,000 of them;
+    a changed one is met by its size when it is opened.
+    """
+    for folder in _folders(shards[0], data.manifest_dir):
+        try:
+            entries = json.loads((folder / _manifest_name(shards, data)).read_bytes())
+        except (OSError, ValueError):
+            continue
+        found = {url: (ShardSummary(**summary), Path(place)) for url, place, summary in entries}
+        return {url: entry for url, entry in found.items() if _is_as_it_was(url, *entry)}
+    return {}
+
+
+def _is_as_it_was(url: str, summary: ShardSummary, place: Path) -> bool:
+    if not place.is_file():
+        return False
+    if scheme_of(url):
+        return True
+    now = stamp(url)
+    return (now.size, now.version) == (summary.size, summary.version)
+
+
+def _remember(manifest: Manifest, summaries: list[ShardSummary], data: DataConfig) -> None:
+    entries = [
+        (url, str(place), asdict(summary))
+        for url, place, summary in zip(manifest.urls, manifest.index_paths, summaries, strict=True)
+        if summary.digest != DAMAGED
+    ]
+    for folder in _folders(manifest.urls[0], data.manifest_dir):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / _manifest_name(manifest.urls, data)
+            partial = partial_of(path)
+            partial.write_text(json.dumps(entries))
+            os.replace(partial, path)
+            return
+        except OSError:
+            continue  # it only saves time, and another folder may do
+
+
+def _manifest_name(shards: list[str], data: DataConfig) -> str:
+    placed = [url if scheme_of(url) else os.path.abspath(url) for url in shards]
+    digest = blake2b("\n".join([member_keys(data).digest(), *placed]).encode(), digest_size=8).hexdigest()
+    return f"manifest-{digest}.json"
+
+
+def _folders(url: str, folder: str | None) -> list[Path]:
+    """Where indexes may lie, the first choice first."""
+    if folder is not None:
+        return [Path(folder).expanduser()]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlscale" / "index"
+    return [cache] if scheme_of(url) else [Path(url).resolve().parent / INDEX_FOLDER, cache]
+
+
 def _places(url: str, keys: MemberKeys, folder: str | None) -> list[Path]:
-    """Where an index may lie, the first choice first."""
-    remote = scheme_of(url) is not None
-    place = url if remote else str(Path(url).resolve())
+    """Files that may hold the shard's index; in a folder that corpora share, the name tells the shard's place."""
+    place = url if scheme_of(url) else str(Path(url).resolve())
     name = place.rsplit("/", 1)[-1][-80:]
     located = f"{name}.{blake2b(place.encode(), digest_size=6).hexdigest()}.{keys.digest()}.idx"
-    if folder is not None:
-        return [Path(folder).expanduser() / located]
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlscale" / "index" / located
-    return [cached] if remote else [Path(place).parent / INDEX_FOLDER / f"{name}.{keys.digest()}.idx", cached]
+    beside = f"{name}.{keys.digest()}.idx"
+    return [root / (beside if root.name == INDEX_FOLDER else located) for root in _folders(url, folder)]
 
 
-def _tell(manifest: Manifest, indexes: list[ShardIndex], data: DataConfig) -> None:
+def _tell(manifest: Manifest, summaries: list[ShardSummary], data: DataConfig) -> None:
     """One log line for every left-out sample that is named, and an error when nothing is left."""
-    for index, url in zip(indexes, manifest.urls, strict=True):
-        for line in index.named:
-            get_logger().warning("skipped sample %s of %s", line, url)
+    for summary, url in zip(summaries, manifest.urls, strict=True):
+        for line in summary.named:
+            get_logger().warning("left out %s (%s)", line, url)
     if manifest.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.most_common())
-        get_logger().warning("left out %d samples when indexing: %s", manifest.skipped.total(), reasons)
+        get_logger().warning("left out when indexing: %s", reasons)
     if manifest.num_samples == 0:
         found = f" (left out: {dict(manifest.skipped)})" if manifest.skipped else ""
         raise ValueError(

@@ -8,10 +8,11 @@ from typing import Any
 from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample, BadShard
 from vlscale.data.manifest import Manifest
+from vlscale.data.shard_index import ShardIndex
 from vlscale.data.storage import Shard, open_shard
-from vlscale.data.tar import ShardIndex
 
 _OPEN_SHARDS = 128
+_BETWEEN = 1 << 16  # bytes: reading so many in vain costs less than another read
 
 
 @dataclass
@@ -37,17 +38,16 @@ class SampleReader:
         """Raises BadSample for what is wrong with the sample, BadShard for what is wrong with the file."""
         index, file = self._shard(shard)
         image, image_size, text, text_size, meta_at, meta_size, key, key_size = index.rows[row].item()
-        start, end = min(image, text), max(image + image_size, text + text_size)
+        places = ((image, image_size), (text, text_size))
         if with_json and meta_size:
-            start, end = min(start, meta_at), max(end, meta_at + meta_size)
-        span = file.read(start, end - start)
-        meta = parse_json(span[meta_at - start : meta_at - start + meta_size]) if with_json and meta_size else {}
-        raw = span[text - start : text - start + text_size]
+            places += ((meta_at, meta_size),)
+        picture, raw, *rest = _read_members(file, places)
+        meta = parse_json(rest[0]) if rest else {}
         captions = parse_captions(meta or parse_json(raw), self.caption_field) if self.caption_field else [_decode(raw)]
         captions = [caption for caption in map(str.strip, captions) if caption]
         if not captions:
             raise BadSample("empty caption", f"{self.manifest.urls[shard]} has no text in it")
-        return Sample(index.key_at(key, key_size), span[image - start : image - start + image_size], captions, meta)
+        return Sample(index.key_at(key, key_size), picture, captions, meta)
 
     def close(self) -> None:
         while self._open:
@@ -69,6 +69,18 @@ class SampleReader:
             )
         self._open[shard] = index, file
         return index, file
+
+
+def _read_members(file: Shard, places: tuple[tuple[int, int], ...]) -> list[bytes]:
+    """The members at (start, size), in one read, unless something large that nobody asked for lies between them."""
+    (start, wanted), *others = places
+    end = start + wanted
+    for at, size in others:
+        start, end, wanted = min(start, at), max(end, at + size), wanted + size
+    if end - start > wanted + _BETWEEN:
+        return [file.read(at, size) for at, size in places]
+    span = file.read(start, end - start)
+    return [span[at - start : at - start + size] for at, size in places]
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import LANE_STATE, StreamState, choose_lanes, merge_states
 from vlscale.data.loader import LoaderJob, Part, PartLoader, Views
 from vlscale.data.manifest import build_manifest
-from vlscale.data.tokens import tokenise
+from vlscale.data.tokens import tokenise, tokenise_and_count
 from vlscale.data.urls import expand_sources
 from vlscale.data.worker import WorkerPool
 from vlscale.logging import get_logger
@@ -71,7 +71,11 @@ class TrainStream:
         weights = tuple(data.weights or [1.0])
         rows = np.zeros((lanes, len(weights)), LANE_STATE)
         fresh = StreamState(self.manifest.hash, seed, lanes, data.window, 0, 0, weights, rows)
-        self.state = (fresh if state is None else _continue(state, fresh)).part(self.first_lane, self.lanes_here)
+        if state is None:
+            state = fresh
+        elif state.manifest != fresh.manifest and data.changed_shards == "next_epoch":
+            state = state.next_epoch(fresh.manifest)
+        self.state = _continue(state, fresh).part(self.first_lane, self.lanes_here)
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on after the last batch that was handed out."""
@@ -112,7 +116,7 @@ class TrainStream:
     def _batch(self, part: Part, state: StreamState) -> Batch:
         for fault in part.faults:
             get_logger().warning("skipped sample %s", fault)
-        input_ids, attention_mask = tokenise(self.tokenizer, part.captions, self.max_length)
+        input_ids, attention_mask, cut = tokenise_and_count(self.tokenizer, part.captions, self.max_length)
         second = (None, None)
         if self.views.second_caption:
             second = tokenise(self.tokenizer, part.second_captions, self.max_length)
@@ -130,6 +134,7 @@ class TrainStream:
             state=state,
             epoch=state.samples / self.manifest.num_samples,
             skipped=int(part.states["skipped"].sum()),
+            truncated=cut,
         )
 
 
@@ -146,7 +151,7 @@ def _continue(state: StreamState, fresh: StreamState) -> StreamState:
         if saved != now:
             raise ValueError(
                 f"cannot resume: {what} changed, the checkpoint has {saved}, this run has {now}; "
-                "put it back, or start a new run with model.init_from"
+                "put it back, start a new run with model.init_from, or for other shards set data.changed_shards=next_epoch"
             )
     return state
 

@@ -5,31 +5,19 @@ extension, and neighbours with one key are one sample. The walk checks every hea
 error here and is never taken for a short one.
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
-from vlscale.data.faults import BadShard
-from vlscale.data.storage import ReadAhead, Shard, partial_of
+from vlscale.data.faults import DamagedShard
+from vlscale.data.shard_index import ROW, ShardIndex
+from vlscale.data.storage import ReadAhead, Shard
 
-ROW = np.dtype(
-    [
-        ("image", "<u8"), ("image_size", "<u4"),
-        ("text", "<u8"), ("text_size", "<u4"),
-        ("json", "<u8"), ("json_size", "<u4"),
-        ("key", "<u4"), ("key_size", "<u2"),
-    ]
-)  # fmt: skip
-_MAGIC = b"vlscale-index-2\n"
 _BLOCK = 512
 _REGULAR, _LONG_NAME, _PAX, _PAX_GLOBAL = b"0\0", b"L", b"x", b"g"
-_MAX_NAMED = 1000
 _LONGEST_NAME = 1 << 16  # bytes
 _LARGEST = {"picture": 1 << 29, "caption": 1 << 24, "json": 1 << 24}  # bytes; more is no sample but an accident
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
@@ -50,66 +38,10 @@ class MemberKeys:
         return blake2b(repr((self.image, self.caption_extension)).encode(), digest_size=4).hexdigest()
 
 
-@dataclass
-class ShardIndex:
-    """Rows of the complete samples (n of them), their keys, and what was left out with the reason."""
-
-    size: int  # bytes of the shard
-    version: int  # of its storage: the time of change, or what the server says
-    rows: np.ndarray  # (n,) ROW
-    key_bytes: bytes
-    skipped: Counter = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)  # the first left-out samples, each with its reason
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def key(self, i: int) -> str:
-        *_, start, size = self.rows[i].item()
-        return self.key_at(start, size)
-
-    def key_at(self, start: int, size: int) -> str:
-        return self.key_bytes[start : start + size].decode("utf-8", "surrogateescape")
-
-    def digest(self) -> str:
-        """Content only: the same bytes in another folder have the same digest."""
-        return blake2b(
-            self.size.to_bytes(8, "little") + self.rows.tobytes() + self.key_bytes, digest_size=16
-        ).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Written under another name first, so that a reader never sees half of it."""
-        head = {
-            "size": self.size, "version": self.version, "rows": len(self.rows),
-            "skipped": dict(self.skipped), "named": self.named,
-        }  # fmt: skip
-        body = json.dumps(head).encode() + b"\n" + self.rows.tobytes() + self.key_bytes
-        partial = partial_of(path)
-        partial.write_bytes(_MAGIC + blake2b(body, digest_size=16).digest() + body)
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "ShardIndex | None":
-        """None when the file is absent or not a whole index of this version."""
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        start = len(_MAGIC) + 16
-        body = data[start:]
-        if not data.startswith(_MAGIC) or blake2b(body, digest_size=16).digest() != data[len(_MAGIC) : start]:
-            return None
-        line = body.index(b"\n") + 1
-        head = json.loads(body[:line])
-        end = line + head["rows"] * ROW.itemsize
-        rows = np.frombuffer(body, dtype=ROW, count=head["rows"], offset=line)
-        return cls(head["size"], head["version"], rows, body[end:], Counter(head["skipped"]), head["named"])
-
-
 def index_shard(shard: Shard, url: str, keys: MemberKeys, version: int = 0) -> ShardIndex:
     """Walks the headers of an open tar; `version` is kept with the index."""
     if shard.size == 0:
-        raise BadShard(f"shard {url} is empty: expected a tar of samples")
+        raise DamagedShard(f"shard {url} is empty: expected a tar of samples")
     collector = _Collector(keys)
     for name, offset, size in walk_members(ReadAhead(shard).read, shard.size, url):
         collector.add(name, offset, size)
@@ -126,17 +58,17 @@ def walk_members(read: Callable[[int, int], bytes], total: int, path: str) -> It
         header = read(at, _BLOCK)
         if len(header) < _BLOCK:
             where = f"ends at byte {total} without the tar's end mark" if at else "is no tar"
-            raise BadShard(f"shard {path} {where}: it is cut short or not a tar; write or download it again")
+            raise DamagedShard(f"shard {path} {where}: it is cut short or not a tar; write or download it again")
         if not header.strip(b"\0"):
             return
         if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 256:
             what = f"has a damaged header at byte {at}" if at else "is no tar (its first header does not check)"
-            raise BadShard(f"shard {path} {what}; write or download it again")
+            raise DamagedShard(f"shard {path} {what}; write or download it again")
         size = _number(override.pop("size", b"") or header[124:136])
         kind, start = header[156:157], at + _BLOCK
         at = start + -(-size // _BLOCK) * _BLOCK
         if size < 0 or at > total:
-            raise BadShard(
+            raise DamagedShard(
                 f"shard {path} is cut short: a member at byte {start} needs {size} bytes, the file has {total}"
             )
         if kind == _LONG_NAME:
@@ -164,7 +96,6 @@ class _Collector:
     """Groups members into samples and keeps the complete ones."""
 
     def __init__(self, keys: MemberKeys):
-        self.wanted = dict.fromkeys(reversed(keys.image), "image")
         self.member_keys = keys
         self.rows: list[tuple] = []
         self.keys: list[bytes] = []
@@ -213,8 +144,7 @@ class _Collector:
 
     def _leave_out(self, name: str, fault: str) -> None:
         self.skipped[fault.split(" (")[0]] += 1
-        if len(self.named) < _MAX_NAMED:
-            self.named.append(f"{name}: {fault}")
+        self.named.append(f"{name}: {fault}")
 
 
 def _member_fault(name: str, member: tuple[int, int] | None) -> str | None:

@@ -40,5 +40,14 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask), both (T, L) int64, L the longest caption's tokens, cut at `max_length`."""
+    input_ids, attention_mask, _ = tokenise_and_count(tokenizer, captions, max_length)
+    return input_ids, attention_mask
+
+
+def tokenise_and_count(
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int
+) -> tuple[Tensor, Tensor, int]:
+    """As `tokenise`, with how many captions were cut (0 from tokenizers written in Python, which do not tell)."""
     encoded = tokenizer(captions, padding=True, truncation=True, max_length=max_length, return_attention_mask=True)
-    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
+    cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
+    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]), cut

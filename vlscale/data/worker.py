@@ -91,5 +91,7 @@ def _receive(process: subprocess.Popen, pipe: Connection) -> Part:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which then closes the socket
+    # These are the trainer's, which may want more batches before it saves and then closes the socket.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     work(Connection(int(sys.argv[1])))

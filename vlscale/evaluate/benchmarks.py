@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlscale.evaluate.bootstrap import Estimate
 from vlscale.evaluate.embed import EmbeddedCorpus
-from vlscale.evaluate.metrics import best_positive, precision_at_r, recall_chance
+from vlscale.evaluate.metrics import at_r_chance, best_positive, precision_at_r, recall_chance
 from vlscale.evaluate.spearman import sampled_spearman, spearman
 from vlscale.evaluate.tasks import Columns, Own, blocks
 
@@ -149,6 +149,7 @@ def cxc(corpus: EmbeddedCorpus, folder: Path | None, notes: list[str]) -> tuple[
         if len(known) < 2:
             continue
         estimates[f"cxc:{kind}/spearman"] = _correlation(corpus, task, known)
+        estimates[f"cxc:{kind}/spearman/chance"] = Estimate(0.0, np.empty(0), len(known))
         for direction in (task, "i2t") if kind == "sits" else (task,):
             positives = _relevant(corpus, direction, known if direction == task else [(b, a, s) for a, b, s in known])
             columns |= listed_columns(corpus, direction, positives, "cxc:")
@@ -167,7 +168,9 @@ def listed_columns(corpus: EmbeddedCorpus, task: str, positives: Positives, pref
         ranks = best_positive(block.scores, positive, block.exclude)
         at_r = precision_at_r(block.scores, positive, block.exclude)
         items = torch.full((len(block.rows),), block.scores.shape[1] - block.exclude.shape[1])
-        values = {"r_precision": at_r.r_precision, "map@r": at_r.map_at_r}
+        by_chance = at_r_chance(positive.sum(1), items)
+        values = {"r_precision": at_r.r_precision, "r_precision/chance": by_chance.r_precision}
+        values |= {"map@r": at_r.map_at_r, "map@r/chance": by_chance.map_at_r}
         for k in (1, 5, 10):
             values |= {f"r@{k}": ranks.recall(k), f"r@{k}/chance": recall_chance(positive.sum(1), items, k)}
         for name, value in values.items():
@@ -267,7 +270,7 @@ def _relevant(corpus: EmbeddedCorpus, task: str, rated: list[tuple[int, int, flo
 
 
 def _correlation(corpus: EmbeddedCorpus, task: str, rated: list[tuple[int, int, float]]) -> Estimate:
-    """Spearman x 1 between cosines and scores, sampled by the pairs' first item."""
+    """Spearman correlation of cosines with scores, sampled by the pairs' first item."""
     emb = {"i": corpus.image_emb, "t": corpus.text_emb}
     a, b = (torch.tensor([row[side] for row in rated]) for side in (0, 1))
     cosine = (emb[task[0]][a] * emb[task[2]][b]).sum(1).double().numpy()

@@ -87,6 +87,14 @@ def precision_at_r(scores: Tensor, positive: Tensor, exclude: Tensor | None = No
     return AtR(found, average)  # 0/0 is NaN where there is no positive
 
 
+def at_r_chance(positives: Tensor, gallery: Tensor) -> AtR:
+    """What a random order scores: all `gallery` (Q,) items in one group of equals, `positives` (Q,) of them right."""
+    found, items = positives.double(), gallery.double()
+    share, other = found / items, (found - 1).clamp(min=0) / (items - 1).clamp(min=1)
+    harmonic = torch.digamma(found + 1) - torch.digamma(torch.ones_like(found))  # 1 + 1/2 + ... + 1/R
+    return AtR(share, share * ((1 - other) * harmonic / found + other))
+
+
 @dataclass(frozen=True)
 class Graded:
     """NDCG at each cut-off and what a random order would score, both (Q, number of cut-offs) float64."""
@@ -111,7 +119,7 @@ def ndcg(scores: Tensor, relevance: Tensor, ks: tuple[int, ...], exclude: Tensor
     discounts = 1 / torch.log2(torch.arange(deepest, dtype=torch.float64) + 2)
     last = torch.tensor(ks) - 1
     ideal = (relevance.topk(deepest, dim=1).values.double() * discounts).cumsum(1)[:, last]
-    mean = relevance.double().sum(1) / size
+    mean = relevance.sum(1, dtype=torch.float64) / size
     value = (gains * discounts).cumsum(1)[:, last] / ideal
     chance = mean[:, None] * discounts.cumsum(0)[last] / ideal
     return Graded(value.masked_fill(ideal <= 0, torch.nan), chance.masked_fill(ideal <= 0, torch.nan))
@@ -121,6 +129,13 @@ def over_chance(value: Tensor | float, chance: Tensor | float) -> Tensor | float
     """0 for a random order, 1 for the ideal one. Applied to means, not to queries: a query near 1 - chance = 0 would
     drown the others."""
     return (value - chance) / (1 - chance)
+
+
+def own_modality_chance(own: Tensor, exclude: Tensor) -> Tensor:
+    """(Q,) float64: the own modality's share of each query's gallery."""
+    taken = exclude >= 0
+    mine = own.sum() - (own[exclude.clamp(min=0)] & taken).sum(1)
+    return mine.double() / (len(own) - taken.sum(1))
 
 
 def own_modality(scores: Tensor, own: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,18 @@ def choose_protocol(protocol: str, corpus: EmbeddedCorpus, labels: list[str]) ->
 
 
 def check_corpus(corpus: EmbeddedCorpus) -> None:
-    """Enough to rank, and every caption has its image."""
+    """Enough to rank, every sample once, every caption with its image, embeddings that are numbers."""
     images, captions = len(corpus.image_emb), len(corpus.text_emb)
+    repeated = [key for key, count in Counter(corpus.keys).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} sample keys stand for more than one sample ({', '.join(repeated[:3])}): evaluate on "
+            "shards with different keys, each given once"
+        )
+    for name, emb in (("image", corpus.image_emb), ("text", corpus.text_emb)):
+        lost = int((~emb.isfinite()).any(1).sum())
+        if lost:
+            raise ValueError(f"{lost} of {len(emb)} {name} embeddings are not finite: the model has diverged")
     if captions and not 0 <= int(corpus.text_image.min()) <= int(corpus.text_image.max()) < images:
         raise ValueError(
             f"captions belong to images {int(corpus.text_image.min())} to {int(corpus.text_image.max())}, "
@@ -215,7 +226,7 @@ def summarise(estimates: dict[str, Estimate], columns: Columns) -> tuple[dict[st
             continue
         chance = estimates.get(f"{name}/chance")
         add(name, 100 * found.value, 100 * found.replicates, found.queries, 100 * chance.value if chance else None)
-        if chance and "/ndcg@" in name:
+        if chance and "/ndcg@" in name and not name.endswith("_paper"):
             drawn = over_chance(found.replicates, chance.replicates)
             add(f"{name}_norm", 100 * over_chance(found.value, chance.value), 100 * drawn, found.queries, 0.0)
     return metrics, replicates

@@ -24,6 +24,8 @@ class EvalRequest:
     labels: list[str] = field(default_factory=list)
     caption_key: str | None = None  # None: the run's, else the default
     batch_size: int = 256
+    annotations: Path | None = None  # as eval.annotations
+    cache: Path | None = None  # as eval.cache
 
 
 def evaluate_model(
@@ -46,7 +48,14 @@ def evaluate_model(
         ranks=Ranks(device=device),
         on_batch=on_batch,
     )
-    return corpus, evaluate_corpus(corpus, request.protocol, request.labels or config.eval.labels)
+    result = evaluate_corpus(
+        corpus,
+        request.protocol,
+        request.labels or config.eval.labels,
+        annotations=request.annotations,
+        cache=request.cache,
+    )
+    return corpus, result
 
 
 def run_config(model: str) -> Config | None:

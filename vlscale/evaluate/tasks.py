@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlscale.evaluate.embed import EmbeddedCorpus
-from vlscale.evaluate.metrics import best_positive, ndcg, own_modality, recall_chance
+from vlscale.evaluate.metrics import best_positive, ndcg, own_modality, own_modality_chance, recall_chance
 from vlscale.evaluate.relevance import Relevance
 
 BLOCK_NUMBERS = 1 << 22  # scores at once: 16 MB in float32
@@ -107,6 +107,8 @@ def graded_columns(
             mine = is_picture if asks == "i" else ~is_picture
             share = own_modality(block.scores, mine, min(10, max(ks)), block.exclude)
             gathered.setdefault(f"{task}{suffix}/own_modality@10", []).append(share)
+            by_chance = own_modality_chance(mine, block.exclude)
+            gathered.setdefault(f"{task}{suffix}/own_modality@10/chance", []).append(by_chance)
         images.append(block.image)
     return _columns(gathered, images)
 

@@ -12,7 +12,10 @@ from vlscale.report.runs import RunReport, load_metrics
 def collect_run(name: str, run: Path, data: list[str], on_batch: Callable[[int], None]) -> RunReport:
     """Evaluate a finished run on the shards `data` by the protocol of its own config."""
     config = run_config(str(run)) or Config()
-    request = EvalRequest(str(run), data, config.eval.protocol, config.eval.labels)
+    annotations, cache = (path and Path(path) for path in (config.eval.annotations, config.eval.cache))
+    request = EvalRequest(
+        str(run), data, config.eval.protocol, config.eval.labels, annotations=annotations, cache=cache
+    )
     corpus, result = evaluate_model(request, on_batch)
     return RunReport(name, run, load_metrics(run), result, corpus, read_images(data, config))
 

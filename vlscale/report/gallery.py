@@ -73,8 +73,8 @@ class Gallery:
     task: str
     title: str
     asks: str
+    rule: str  # what right and wrong mean here
     as_tiles: bool  # only pictures are found
-    graded: bool
     summary: str
     questions: list[Question]
 
@@ -82,8 +82,9 @@ class Gallery:
 @dataclass(frozen=True)
 class Judge:
     """How a task's results are judged: by `relevance`, where `belongs` says that only the own sample is right; `shade`
-    is the graded relevance that is shown beside each result, where there is one."""
+    is the graded relevance that is shown beside each result, where there is one; `rule` says it in words."""
 
+    rule: str
     relevance: Relevance
     belongs: bool
     shade: Relevance | None
@@ -91,41 +92,51 @@ class Judge:
 
 
 def galleries(runs: list[RunReport]) -> list[Gallery]:
-    """Every task the protocol has a truth for."""
+    """Of the last two runs, or the only one: every task that the protocol has a truth for."""
     corpus, result = runs[0].corpus, runs[0].result
     inside = relevance_of(corpus, result)
     belonging = relevances.pairs(len(corpus.keys), corpus.text_image)
     others = Own.OTHERS if result.protocol == "labels" else Own.KEPT
-    shade = inside if result.protocol == "synthetic" else None
-    judges = {task: Judge(belonging, True, shade, Own.KEPT) for task in ("i2t", "t2i")}
+    shade = None if result.protocol == "labels" else inside
+    source = "true relevance" if result.protocol == "synthetic" else "relevance by ROUGE-L"
+    meter = "" if shade is None else f" The meter is {source}."
+    rule = f"✓ belongs to the query, ✗ does not.{meter}"
+    judges = {task: Judge(rule, belonging, True, shade, Own.KEPT) for task in ("i2t", "t2i")}
     if inside is not None:
-        judges |= {task: Judge(inside, False, shade, others) for task in ("i2i", "i2it", "t2it")}
-        judges["t2t"] = Judge(inside, False, shade, Own.OTHERS)
+        rule = f"✓ is as relevant as the fifth best there is, ✗ is less.{meter}"
+        if result.labels:
+            rule = f"✓ has the {result.labels[0]} of the query, ✗ another."
+        judges |= {task: Judge(rule, inside, False, shade, others) for task in ("i2i", "i2it", "t2it")}
+        judges["t2t"] = Judge(rule, inside, False, shade, Own.OTHERS)
     shown: dict[str, str | None] = {}
-    return [_gallery(task, judges[task], runs, shown) for task in TITLES if task in judges]
+    compared = dict(list(enumerate(runs))[-2:])
+    return [_gallery(task, judges[task], compared, shown) for task in TITLES if task in judges]
 
 
-def _gallery(task: str, judge: Judge, runs: list[RunReport], shown: dict[str, str | None]) -> Gallery:
+def _gallery(task: str, judge: Judge, compared: dict[int, RunReport], shown: dict[str, str | None]) -> Gallery:
+    """`compared`: one or two runs by their place in the report."""
+    runs = list(compared.values())
     corpus = runs[0].corpus
     total = len(corpus.keys) if task.startswith("i") else len(corpus.captions)
-    rows = torch.arange(total)[:: max(1, -(-total // EXAMINED))]
+    rows = torch.linspace(0, total - 1, min(total, EXAMINED)).round().long()
     scores = torch.stack([_scores(run.corpus, task, judge, rows) for run in runs])  # (runs, Q)
     rows, scores = rows[~scores[0].isnan()], scores[:, ~scores[0].isnan()]
     chosen = choose(scores[0], scores[-1])
     picked = rows[torch.tensor([place for _, place in chosen], dtype=torch.long)]
-    answers = [_answers(number, run, task, judge, picked, shown) for number, run in enumerate(runs)]
+    answers = [_answers(run, task, judge, picked, shown) for run in runs]
     questions = [
         Question(
             verdict,
             _item(runs[0], int(row) + (0 if task.startswith("i") else len(corpus.keys)), shown),
-            [Answer(n, run.name, float(scores[n, place]), answers[n][at]) for n, run in enumerate(runs)],
+            [
+                Answer(number, run.name, float(scores[n, place]), answers[n][at])
+                for n, (number, run) in enumerate(compared.items())
+            ],
         )
         for at, ((verdict, place), row) in enumerate(zip(chosen, picked, strict=True))
     ]
     title, asks = TITLES[task]
-    return Gallery(
-        task, title, asks, task in ("t2i", "i2i"), judge.shade is not None, _summary(scores, runs), questions
-    )
+    return Gallery(task, title, asks, judge.rule, task in ("t2i", "i2i"), _summary(scores, runs), questions)
 
 
 def choose(before: Tensor, after: Tensor, count: int = CHOSEN) -> list[tuple[str, int]]:
@@ -171,9 +182,7 @@ def _scores(corpus: EmbeddedCorpus, task: str, judge: Judge, rows: Tensor) -> Te
     return torch.cat(parts)
 
 
-def _answers(
-    number: int, run: RunReport, task: str, judge: Judge, rows: Tensor, shown: dict[str, str | None]
-) -> list[list[Found]]:
+def _answers(run: RunReport, task: str, judge: Judge, rows: Tensor, shown: dict[str, str | None]) -> list[list[Found]]:
     """Results of each of `rows`."""
     found: list[list[Found]] = []
     for block in blocks(run.corpus, task, judge.relevance, judge.own, rows):

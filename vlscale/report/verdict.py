@@ -90,7 +90,7 @@ def reach(found: list[Change]) -> float:
 
 
 def headline(runs: list[RunReport]) -> str:
-    """One sentence for the first screen."""
+    """One sentence for the first screen, about one run or two, before and after."""
     last = runs[-1]
     if len(runs) == 1:
         parts = [f"{e.spoken} {last.result[name].value:.1f}" for e, name in endpoints(last.result)]
@@ -101,13 +101,14 @@ def headline(runs: list[RunReport]) -> str:
     gained = _largest_first(c for c in found if c.word in ("better", "higher"))
     lost = _largest_first(c for c in found if c.word in ("worse", "lower"))
     rest = [c for c in found if c not in gained and c not in lost]
+    up, down = ("better", "worse") if found[0].low is not None else ("higher", "lower")  # without intervals, no verdict
     said = []
     if gained:
         most = _told(gained[0])
         several = f"{len(gained)} of {len(found)} kinds of search, most of all {most}"
-        said.append(f"better at {several if len(gained) > 1 else most}")
+        said.append(f"{up} at {several if len(gained) > 1 else most}")
     if lost:
-        said.append(f"worse at {_joined([_told(change) for change in lost])}")
+        said.append(f"{down} at {_joined([_told(change) for change in lost])}")
     if rest:
         said.append(f"not clearly different at {_joined([change.endpoint.spoken for change in rest])}")
     return f"Compared with {runs[0].name}, {last.name} is {', and '.join(said)}."

@@ -18,7 +18,7 @@ from vlscale.report.verdict import changes, endpoints, headline, reach, training
 
 TEMPLATES = Path(__file__).parent / "templates"
 PARTS = {  # parts of the loss in metrics.jsonl -> title
-    "itc": "Consistency across modalities",
+    "contrastive": "Consistency across modalities",
     "relation_image": "Relations between pictures",
     "relation_text": "Relations between captions",
     "view": "Two views of a picture",
@@ -37,19 +37,23 @@ class RunFacts:
 def write_report(
     path: str | Path, runs: list[RunReport], title: str = "Retrieval report", teacher: EmbeddedCorpus | None = None
 ) -> Path:
-    """Write the runs' report, first run = before, last = after, to `path`: one HTML file that needs nothing else.
+    """Write the runs' report to `path`: one HTML file that needs nothing else.
 
+    Tables and curves show all runs; the first screen and the galleries compare the last two, before and after.
     `teacher` holds the teachers' embeddings of the same samples, for the pictures of relation matrices.
     """
     check_runs(runs, teacher)
     results = {run.name: run.result for run in runs}
-    found = changes(runs[0].result, runs[-1].result) if len(runs) > 1 else []
+    pair = runs[-2:]
+    found = changes(pair[0].result, pair[1].result) if len(pair) > 1 else []
+    main_curves, further_curves = curves(runs)
     html = (
         environment()
         .get_template("report.html")
         .render(
             title=title,
-            headline=headline(runs),
+            headline=headline(pair),
+            pair=[run.name for run in pair],
             runs=[RunFacts(run.name, training_line(run), _config(run.folder)) for run in runs],
             changes=found,
             reach=reach(found),

@@ -47,7 +47,9 @@ class Validation:
         module.train()
         if self._log is None:
             return
-        result = evaluate_corpus(corpus, config.eval.protocol, config.eval.labels)
+        wanted = config.eval
+        annotations, cache = (path and Path(path) for path in (wanted.annotations, wanted.cache))
+        result = evaluate_corpus(corpus, wanted.protocol, wanted.labels, annotations=annotations, cache=cache)
         values = {name: measure.value for name, measure in result.metrics.items()}
         self._log.write({"step": step, "protocol": result.protocol} | values)
         partial = self.folder / ".eval.json.partial"

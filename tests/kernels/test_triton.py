@@ -1,0 +1,112 @@
+"""The Triton kernels against the error budget: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter's tiles are 32 x 64 and its waves 96 x 128, so N = 260 has three row waves with a ragged end, three
+column waves, two splits of the columns and several tiles in each.
+"""
+
+import pytest
+import torch
+
+from tests.kernels import cases as k
+from tests.kernels.test_gradients import second_order
+
+pytest.importorskip("triton")
+
+SHAPES = [(2, 16, 14.3), (63, 100, 100.0), (129, 64, 14.3), (260, 40, 100.0)]
+
+
+@pytest.mark.parametrize(("n", "d", "scale"), SHAPES)
+def test_contrastive_shapes(n, d, scale):
+    k.check_budget(k.contrastive_case(*k.embeddings("random", n, d), scale), "triton", torch.float32, cap=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["random", "cone", "converged"])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_contrastive_regimes(regime, ids, dtype):
+    x, y = k.embeddings(regime, 130, 48)
+    pair_id = torch.arange(130) // 3 if ids else None
+    k.check_budget(k.contrastive_case(x, y, 14.3, pair_id), "triton", dtype)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_contrastive_fallback(ids):
+    x, y = k.embeddings("random", 70, 16)
+    pair_id = torch.arange(70) // 2 if ids else None
+    k.check_budget(k.contrastive_case(3 * x, y, 3000.0, pair_id), "triton", torch.float32, floor=5e-6)
+
+
+def test_contrastive_second_order():
+    for ids in (None, torch.arange(100) // 3):
+        case = k.contrastive_case(*(v.float().double() for v in k.embeddings("cone", 100, 20)), 14.0, ids)
+        truth = second_order(case, "reference", torch.float64)
+        dense = second_order(case, "reference", torch.float32)
+        for exact, yardstick, value in zip(truth, dense, second_order(case, "triton", torch.float32), strict=True):
+            assert k.relative(value, exact) <= max(2 * k.relative(yardstick, exact), 5e-6)
+
+
+def test_contrastive_single_pair_and_repeatability():
+    x, y = (v.float() for v in k.embeddings("random", 260, 16))
+    case = k.contrastive_case(x, y, 14.3)
+    first, second = (case.run("triton", torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = k.contrastive_case(x[:1], y[:1], 100.0).run("triton", torch.float32)
+    assert all(value.abs().max() <= 1e-7 for value in alone.values())
+
+
+@pytest.mark.parametrize("regime", ["random", "cone", "converged"])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sigmoid_regimes(regime, ids, dtype):
+    x, y = k.embeddings(regime, 130, 48)
+    pair_id = torch.arange(130) // 3 if ids else None
+    k.check_budget(k.sigmoid_case(x, y, 10.0, pair_id), "triton", dtype)
+
+
+@pytest.mark.parametrize(("n", "d", "scale"), SHAPES)
+def test_sigmoid_shapes(n, d, scale):
+    k.check_budget(k.sigmoid_case(*k.embeddings("random", n, d), scale), "triton", torch.float32, cap=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["random", "cone", "near_equal"])
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relation_kl_regimes(regime, scope, dtype):
+    x, z = k.embeddings(regime, 130, 48)
+    z = z if regime == "near_equal" else k.embeddings(regime, 130, 40, seed=1)[0]
+    k.check_budget(k.kl_case(x, [z], [1.0], (0.1, 0.1), scope=scope), "triton", dtype)
+
+
+@pytest.mark.parametrize("n", [3, 65, 260])
+def test_relation_kl_mixed_teachers(n):
+    x, z = k.embeddings("random", n, 24)
+    other = k.embeddings("cone", n, 40)[0]
+    k.check_budget(k.kl_case(x, [z, other], [0.7, 0.4], (0.2, 0.1)), "triton", torch.float32, floor=2e-6)
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_relation_kl_fallback(scope):
+    x, z = (v.float() for v in k.embeddings("random", 70, 16))
+    case = k.kl_case(x, [z], [1.0], (0.004, 0.003), scope=scope)
+    truth = k.Case({name: v.double() for name, v in case.inputs.items()}, case.loss).run("reference")
+    dense, got = case.run("reference", torch.float32), case.run("triton", torch.float32)
+    for name in ("loss", "x", "tau_s"):
+        assert k.relative(got[name], truth[name]) <= max(2 * k.relative(dense[name], truth[name]), 2e-5)
+
+
+def test_columns_beyond_the_end_are_never_used():
+    """Embeddings that are views into NaN-filled storage: what a mask misses would show."""
+    from vlscale.kernels import contrastive_loss
+
+    room = torch.full((80, 24), torch.nan)
+    room[:70, :20] = k.embeddings("random", 70, 20)[0].float()
+    x = room[:70, :20]
+    poisoned, clean = (contrastive_loss(v, v.flip(0), 10.0, impl="triton") for v in (x, x.contiguous()))
+    assert torch.equal(poisoned, clean)
+
+
+def test_float64_is_served_by_the_chunked_tiles():
+    x, y = k.embeddings("random", 40, 8)
+    case = k.contrastive_case(x, y, 14.3)
+    truth, got = case.run("reference"), case.run("triton")
+    assert all(k.relative(got[name], truth[name]) < 1e-12 for name in truth)

@@ -1,0 +1,79 @@
+"""What the student and the teachers are given: views stacked, teachers from elsewhere with their own inputs."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from vlscale.config import DataConfig
+from vlscale.data.images import ImageSpec, normalise
+from vlscale.data.stream import TrainStream
+from vlscale.data.tokens import tokenise, train_tokenizer
+from vlscale.models.hf_folder import new_image_processor
+from vlscale.models.teachers import Teacher, Teachers
+from vlscale.train.inputs import Inputs
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+SPEC = ImageSpec(32, (0.5,) * 3, (0.5,) * 3, 2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a red disc on black", "two blue stars"], vocab_size=60, max_length=24)
+
+
+@pytest.fixture(scope="module")
+def batch(corpus, tokenizer):
+    data = DataConfig(train=[f"{corpus}/train-*.tar"], caption_key="json:captions")
+    stream = TrainStream(data, SPEC, tokenizer, global_batch_size=8, seed=0, second_view=True, second_caption=True)
+    batches = iter(stream)
+    first = next(batches)
+    batches.close()
+    return first
+
+
+def text_teacher(vocab_size: int, source: str | None) -> Teacher:
+    config = AutoConfig.for_model("bert", vocab_size=vocab_size, pad_token_id=0, **SMALL)
+    return Teacher(AutoModel.from_config(config), torch.nn.Identity(), source)
+
+
+def image_teacher(size: int, source: str | None) -> Teacher:
+    config = AutoConfig.for_model("vit", image_size=size, patch_size=8, **SMALL)
+    return Teacher(AutoModel.from_config(config), torch.nn.Identity(), source)
+
+
+def inputs_with(tokenizer, teachers: Teachers | None) -> Inputs:
+    return Inputs(SPEC, tokenizer, teachers, torch.device("cpu"), max_length=24)
+
+
+def test_first_views_stand_first_and_shorter_tokens_are_padded(batch, tokenizer):
+    given = inputs_with(tokenizer, None).student(batch)
+    assert given["pixels"].shape == (16, 3, 32, 32)
+    assert torch.equal(given["pixels"][:8], normalise(batch.images, SPEC))
+    assert torch.equal(given["pixels"][8:], normalise(batch.second_images, SPEC))
+    length = max(batch.input_ids.shape[1], batch.second_input_ids.shape[1])
+    assert given["input_ids"].shape == given["attention_mask"].shape == (16, length)
+    assert given["attention_mask"][:8].sum() == batch.attention_mask.sum()
+    assert given["attention_mask"][8:].sum() == batch.second_attention_mask.sum()
+
+
+def test_without_teachers_there_are_no_rows(batch, tokenizer):
+    assert inputs_with(tokenizer, None).teacher_rows(batch) == (None, None)
+
+
+def test_a_teacher_from_elsewhere_gets_its_own_size_and_tokens(batch, tokenizer, tmp_path):
+    new_image_processor(48, (0.4,) * 3, (0.3,) * 3).save_pretrained(tmp_path)
+    other = train_tokenizer(batch.captions, vocab_size=200, max_length=24)
+    other.save_pretrained(tmp_path)
+    assert other.get_vocab() != tokenizer.get_vocab()
+    teachers = Teachers(image_teacher(48, str(tmp_path)), text_teacher(len(other), str(tmp_path)))
+    image_rows, text_rows = inputs_with(tokenizer, teachers).teacher_rows(batch)
+    assert image_rows.shape == text_rows.shape == (8, 32)
+    ids, mask = tokenise(other, batch.captions, 24)
+    assert torch.equal(text_rows, teachers.text(input_ids=ids, attention_mask=mask))
+
+
+def test_a_teacher_of_the_same_inputs_gets_the_students(batch, tokenizer):
+    teachers = Teachers(image_teacher(32, None), text_teacher(len(tokenizer), None))
+    image_rows, text_rows = inputs_with(tokenizer, teachers).teacher_rows(batch)
+    assert torch.equal(image_rows, teachers.image(pixel_values=normalise(batch.images, SPEC)))
+    assert torch.equal(text_rows, teachers.text(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
