@@ -10,7 +10,7 @@ import torch.multiprocessing as multiprocessing
 from vlscale.config import ObjectiveConfig
 from vlscale.distributed import Ranks, gather_rows
 from vlscale.objectives.total import Embedded, total_loss
-from vlscale.train.key_hash import batch_key_hash
+from vlscale.train.key_hash import key_hash
 
 W, B, D = 3, 4, 6
 KEYS = [f"sample-{i}" for i in range(W * B)]
@@ -77,7 +77,7 @@ def on_rank(rank: int, folder: str) -> None:
         "grads": {name: ranks.sum(value.grad) / W for name, value in parameters.items()},  # what an engine averages
         "second": second_derivative(rows[own_rows(rank)].clone().requires_grad_(), ranks),
         "integers": gather_rows(torch.arange(B) + 10 * rank, ranks),
-        "hash": batch_key_hash(KEYS[own_rows(rank)], torch.arange(W * B)[own_rows(rank)], ranks),
+        "hash": ranks.sum(torch.tensor(key_hash(KEYS[own_rows(rank)], torch.arange(W * B)[own_rows(rank)]))),
         "objects": ranks.gather_objects(rank),
         "first": ranks.from_first(f"from {rank}"),
     }
@@ -105,11 +105,11 @@ def test_three_ranks_equal_one_process(tmp_path):
     torch.testing.assert_close(together, W**2 * whole, rtol=1e-10, atol=0)
 
     assert found[0]["integers"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
-    assert {each["hash"] for each in found} == {batch_key_hash(KEYS, torch.arange(W * B), Ranks())}
+    assert {int(each["hash"]) for each in found} == {key_hash(KEYS, torch.arange(W * B))}
     assert found[2]["objects"] == [0, 1, 2] and found[2]["first"] == "from 0"
 
 
 def test_the_key_hash_sees_order_and_keys():
     positions = torch.arange(3)
-    hashes = {batch_key_hash(list(keys), positions, Ranks()) for keys in ("abc", "acb", "abd")}
-    assert len(hashes) == 3 and all(len(value) == 16 for value in hashes)
+    hashes = {key_hash(list(keys), positions) for keys in ("abc", "acb", "abd")}
+    assert len(hashes) == 3 and all(-(1 << 63) <= value < 1 << 63 for value in hashes)

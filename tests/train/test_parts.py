@@ -15,7 +15,7 @@ from vlscale.train.metrics_file import MetricsFile, read_metrics
 from vlscale.train.optimizer import build_optimizer
 from vlscale.train.schedule import learning_rate
 
-LAYOUT = Layout(world_size=1, zero_stage=2, dtype="fp32", data="abc")
+LAYOUT = Layout(world_size=1, zero_stage=2, dtype="fp32")
 
 
 def test_the_rate_warms_up_then_falls_to_its_floor():
@@ -128,7 +128,7 @@ def test_no_checkpoint_is_no_restore(tmp_path):
     assert load_checkpoint(tmp_path / "nowhere", LAYOUT, print, Ranks()) is None
 
 
-@pytest.mark.parametrize(("name", "other"), [("world_size", 4), ("zero_stage", 3), ("dtype", "bf16"), ("data", "xyz")])
+@pytest.mark.parametrize(("name", "other"), [("world_size", 4), ("zero_stage", 3), ("dtype", "bf16")])
 def test_another_layout_is_refused_by_name(tmp_path, name, other):
     save(tmp_path, 2)
     changed = Layout(**(vars(LAYOUT) | {name: other}))

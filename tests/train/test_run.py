@@ -250,3 +250,13 @@ def main_returns(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
+
+
+def test_resume_on_changed_shards_is_refused(capsys, undisturbed, tiny_config, corpus, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "final")
+    said = refused(
+        capsys, "train", str(tiny_config), "--out", str(out), "--resume", f"data.train={corpus}/train-00000[01].tar"
+    )
+    assert "the shards (their manifest) changed" in said and not (out / "final").exists()

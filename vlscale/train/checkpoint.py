@@ -30,12 +30,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint must agree on with the run that loads it."""
+    """What a checkpoint must agree on with the run that loads it; the stream's state checks its data itself."""
 
     world_size: int
     zero_stage: int
     dtype: str
-    data: str  # hash of the shard manifest
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,31 @@
-"""The hash of a global batch's sample keys, equal at any number of ranks.
+"""What all ranks together know of a global batch: the hash of its sample keys, and how much of it was lost.
 
-It is the sum over positions of a 64-bit hash of (position, sample key), modulo 2^64, so each rank adds its own part.
+The hash is the sum over positions of a 64-bit hash of (position, sample key), modulo 2^64: each rank adds its own part,
+so it is equal at any number of ranks.
 """
 
 from hashlib import blake2b
 
 import torch
 
+from vlscale.data.batch import Batch
 from vlscale.distributed import Ranks
 
+_WRAP = 1 << 64
 
-def batch_key_hash(keys: list[str], positions: torch.Tensor, ranks: Ranks) -> str:
-    """Keys of this rank and their places in the global batch, to 16 hexadecimal digits of the whole batch."""
+
+def batch_facts(batch: Batch, ranks: Ranks) -> dict[str, str | int]:
+    """`keys`: 16 hexadecimal digits for the whole batch; `skipped`: samples left out since the start; `truncated`:
+    captions of this batch that were cut. One int64 all_reduce."""
+    own = [key_hash(batch.keys, batch.positions), batch.skipped, batch.truncated]
+    keys, skipped, truncated = ranks.sum(torch.tensor(own, dtype=torch.int64, device=ranks.device)).tolist()
+    return {"keys": f"{keys % _WRAP:016x}", "skipped": skipped, "truncated": truncated}
+
+
+def key_hash(keys: list[str], positions: torch.Tensor) -> int:
+    """Of some pairs of a batch, as a signed 64-bit integer; sums of parts wrap to the hash of the whole."""
     total = sum(
         int.from_bytes(blake2b(f"{position}:{key}".encode(), digest_size=8).digest(), "little")
         for position, key in zip(positions.tolist(), keys, strict=True)
     )
-    total %= 1 << 64
-    signed = total - (1 << 64) if total >= 1 << 63 else total
-    summed = ranks.sum(torch.tensor(signed, dtype=torch.int64, device=ranks.device))
-    return f"{int(summed) % (1 << 64):016x}"
+    return (total + (_WRAP >> 1)) % _WRAP - (_WRAP >> 1)

@@ -13,7 +13,7 @@ from vlscale.logging import get_logger
 from vlscale.models.hf_folder import save_folder
 from vlscale.train.checkpoint import Layout, load_checkpoint, save_checkpoint
 from vlscale.train.engine import Engine
-from vlscale.train.key_hash import batch_key_hash
+from vlscale.train.key_hash import batch_facts
 from vlscale.train.metrics_file import MetricsFile
 from vlscale.train.progress import StepProgress
 from vlscale.train.schedule import learning_rate
@@ -39,10 +39,10 @@ def train_run(job: Job, *, resume: bool) -> None:
     if resume and (folder / "final").is_dir():
         get_logger().info("%s: complete, nothing to do", name)
         return
-    manifest = open_corpus(config.data.train, config.data, "data.train")
+    open_corpus(config.data.train, config.data, "data.train")  # what is wrong with it is said before a model is built
     parts = build_parts(config, folder, ranks)
     engine = Engine(parts.model, config, ranks)
-    layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype, manifest.hash)
+    layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
     restored = load_checkpoint(folder / "checkpoints", layout, engine.load, ranks)
     stream = build_stream(config, parts, ranks, restored and restored.stream_state)
     claim_folder(folder, config, parts.tokenizer, ranks)
@@ -74,12 +74,14 @@ def _steps(job: Job, parts: Parts, stream: TrainStream, engine: Engine, layout: 
             batch = next(batches)
             lr = learning_rate(config.optim, step, train.max_steps)
             values = joint_step(engine, parts.inputs, batch, config.objective, ranks, lr, train.chunk_size)
-            keys = batch_key_hash(batch.keys, batch.positions, ranks)
+            facts = batch_facts(batch, ranks)
             seconds = time.perf_counter() - started
             if metrics is not None:
                 samples = step * train.global_batch_size
-                line = {"step": step} | values | {"lr": lr, "samples": samples, "seconds": seconds, "keys": keys}
-                metrics.write(line | {"epoch": batch.epoch, "skipped": batch.skipped})
+                line = (
+                    {"step": step} | values | {"lr": lr, "samples": samples, "seconds": seconds, "epoch": batch.epoch}
+                )
+                metrics.write(line | facts)
             progress.step(step, values["loss"], train.global_batch_size)
             if validation.due(step):
                 validation.run(step, engine.module)
