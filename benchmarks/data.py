@@ -13,6 +13,7 @@ import pickle
 import platform
 import re
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -208,7 +209,7 @@ def main() -> None:
     tokenizer = train_tokenizer([CAPTION], 200, 32)
     with_open_clip = stub_torchvision()
     found: dict = {
-        "command": f"python benchmarks/data.py --pictures {arguments.pictures} --rounds {arguments.rounds}",
+        "command": " ".join(["python", *sys.argv]),
         "hardware": f"one core of {os.cpu_count()}, {platform.machine()}",
         "versions": {
             "python": platform.python_version(),

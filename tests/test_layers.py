@@ -16,7 +16,7 @@ LAYERS = [
     ["export", "report"],
     ["cli"],
 ]
-LEAVES = {"config", "logging", "resources"}  # open to all but the kernels
+LEAVES = {"config", "logging", "progress", "resources"}  # open to all but the kernels
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LONGEST = 450  # lines
 
@@ -37,7 +37,7 @@ def imports(path: Path) -> set[str]:
             if node.level:  # of the same folder: what the kernels use, which are installed under another name
                 assert node.level == 1, f"{path}: a relative import that leaves its folder"
                 continue
-            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"}
     return {module.split(".")[1] for module in modules if module.startswith("vlscale.")}
 
 

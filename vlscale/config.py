@@ -191,7 +191,7 @@ class EvalConfig(Section):
 
 class LogConfig(Section):
     every: int = Field(10, gt=0)  # steps between lines where there is no terminal
-    progress: bool = True
+    progress: bool = True  # false: neither bar nor lines
 
 
 class Config(Section):

@@ -30,9 +30,9 @@ def demo(
     from rich.console import Console
 
     from vlscale.cli.launcher import launch_training
-    from vlscale.cli.progress import embedding_progress
     from vlscale.data.synth import make_corpus, synth_config
     from vlscale.evaluate.table import render
+    from vlscale.progress import Progress
     from vlscale.report.collect import collect_run
     from vlscale.report.write import write_report
     from vlscale.resources import configs_folder
@@ -52,13 +52,13 @@ def demo(
     val = [f"{data}/val-*.tar"]
     reports = []
     for run, name in SHOWN.items():
-        with embedding_progress(name) as on_batch:
-            reports.append(collect_run(name, folder / "runs" / run, val, on_batch))
+        with Progress(f"embedding {name}", None, "samples") as progress:
+            reports.append(collect_run(name, folder / "runs" / run, val, progress))
 
     say("4/4  writing the report")
     results = {report.name: report.result for report in reports}
     (folder / "results.json").write_text(json.dumps({name: r.to_dict() for name, r in results.items()}, indent=1))
-    page = write_report(folder / "report.html", reports, title="vlscale demo", teacher=reports[0].corpus)
+    page = write_report(folder / "report.html", reports, title="vlscale demo")
     Console(width=None if Console().is_terminal else 100).print(render(results))
     print(f"report: {page.resolve()}")
     print(f"models: {(folder / 'runs').resolve()}/{{{','.join(SHOWN)}}}/final")

@@ -23,13 +23,13 @@ def evaluate(
     """Cross-modal, single-modal and mixed retrieval."""
     from rich.console import Console
 
-    from vlscale.cli.progress import embedding_progress
     from vlscale.evaluate.run import EvalRequest, evaluate_model
     from vlscale.evaluate.table import render
+    from vlscale.progress import Progress
 
     request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache)
-    with embedding_progress(Path(model).name) as on_batch:
-        _, result = evaluate_model(request, on_batch)
+    with Progress(f"embedding {Path(model).name}", None, "samples") as progress:
+        _, result = evaluate_model(request, progress)
     if json is not None:
         partial = json.with_name(f".{json.name}.partial")
         partial.write_text(result.to_json())

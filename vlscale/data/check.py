@@ -13,8 +13,8 @@ from vlscale.data.images import open_picture
 from vlscale.data.keyed import hash64
 from vlscale.data.manifest import Manifest, shard_index
 from vlscale.data.processes import core_count, in_processes
-from vlscale.data.progress import Progress
 from vlscale.data.reader import Sample, SampleReader
+from vlscale.progress import Progress
 
 _NAMED = 200  # faults that are kept by name
 _PERCENTILES = (0, 5, 50, 95, 100)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from vlscale.data.folders import new_folder
 from vlscale.data.keyed import hash64
-from vlscale.data.progress import Progress
 from vlscale.data.writer import write_shard
+from vlscale.progress import Progress
 
 LANGUAGES = ("de", "fr", "es")
 _PICTURES = "emoji_u*.png"

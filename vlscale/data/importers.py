@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlscale.data.folders import new_folder
-from vlscale.data.progress import Progress
 from vlscale.data.writer import write_shard
 from vlscale.logging import get_logger
+from vlscale.progress import Progress
 
 _EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 _NO_EXTENSION = "jpg"  # readers go by the content; the name has to be one that they look for

@@ -3,7 +3,7 @@
 from vlscale.config import DataConfig
 from vlscale.data.manifest import Manifest, build_manifest, shard_index
 from vlscale.data.processes import core_count, in_processes
-from vlscale.data.progress import Progress
+from vlscale.progress import Progress
 
 
 def index_shards(

@@ -151,7 +151,8 @@ def _continue(state: StreamState, fresh: StreamState) -> StreamState:
         if saved != now:
             raise ValueError(
                 f"cannot resume: {what} changed, the checkpoint has {saved}, this run has {now}; "
-                "put it back, start a new run with model.init_from, or for other shards set data.changed_shards=next_epoch"
+                "put it back, start a new run with model.init_from, or for other shards set "
+                "data.changed_shards=next_epoch"
             )
     return state
 

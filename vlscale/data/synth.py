@@ -10,11 +10,11 @@ import simplejpeg
 
 from vlscale.data.folders import new_folder
 from vlscale.data.processes import core_count, in_processes
-from vlscale.data.progress import Progress
 from vlscale.data.scene_captions import tell
 from vlscale.data.scene_pictures import draw_picture
 from vlscale.data.scenes import ATTRIBUTES, Draw, draw_scene
 from vlscale.data.writer import write_shard
+from vlscale.progress import Progress
 
 CAPTIONS = 5
 _QUALITY = 92

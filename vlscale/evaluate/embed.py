@@ -1,6 +1,6 @@
 """A corpus as embeddings: what every evaluation reads, and how a model makes it, spread over ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.images import ImageSpec, decode_eval, normalise
-from vlscale.data.samples import Sample, read_samples
+from vlscale.data.samples import Sample, open_corpus, read_manifest
 from vlscale.data.tokens import tokenise
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
+from vlscale.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,21 @@ def embed_corpus(
     *,
     batch_size: int,
     ranks: Ranks,
-    on_batch: Callable[[int], None] = lambda samples: None,
+    progress: Progress | None = None,
 ) -> EmbeddedCorpus:
     """Every sample of `urls` that can be read, with all its captions; the same result on every rank.
 
     Each rank embeds a contiguous part. The ranks forward in step, with empty batches at the end of shorter parts, since
-    sharded parameters (ZeRO-3) are gathered by all ranks together. `on_batch` hears how many samples were done.
+    sharded parameters (ZeRO-3) are gathered by all ranks together.
     """
-    samples = read_samples(urls, data, shard=(ranks.rank, ranks.size))
-    parts = [
-        _embed(encoder, batch, preprocess, ranks.device) for batch in _in_step(samples, batch_size, ranks, on_batch)
-    ]
+    manifest = open_corpus(urls, data)
+    samples, parts = read_manifest(manifest, data, shard=(ranks.rank, ranks.size)), []
+    if progress is not None:
+        progress.expect(manifest.num_samples // ranks.size)
+    for batch in _in_step(samples, batch_size, ranks):
+        parts.append(_embed(encoder, batch, preprocess, ranks.device))
+        if progress is not None:
+            progress.advance(len(batch))
     keys, captions, meta, counts, image_emb, text_emb = (
         [row for part in parts for row in part[field]] for field in range(6)
     )
@@ -84,16 +89,13 @@ def embed_corpus(
     )
 
 
-def _in_step(
-    samples: Iterator[Sample], batch_size: int, ranks: Ranks, on_batch: Callable[[int], None]
-) -> Iterator[list[Sample]]:
+def _in_step(samples: Iterator[Sample], batch_size: int, ranks: Ranks) -> Iterator[list[Sample]]:
     """Batches until every rank has run out; a rank that has run out gets empty ones."""
     while True:
         batch = list(islice(samples, batch_size))
         if int(ranks.sum(torch.tensor(len(batch), device=ranks.device))) == 0:
             return
         yield batch
-        on_batch(len(batch))
 
 
 def _embed(encoder: Encoder, batch: list[Sample], preprocess: Preprocess, device: torch.device):

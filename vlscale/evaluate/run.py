@@ -1,6 +1,5 @@
 """Evaluate a saved model on shards: load, embed, measure."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from vlscale.evaluate.embed import EmbeddedCorpus, Preprocess, embed_corpus
 from vlscale.evaluate.protocols import evaluate_corpus
 from vlscale.evaluate.result import EvalResult
 from vlscale.models.hf_folder import load_encoder, quiet
+from vlscale.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class EvalRequest:
     cache: Path | None = None  # as eval.cache
 
 
-def evaluate_model(
-    request: EvalRequest, on_batch: Callable[[int], None] = lambda samples: None
-) -> tuple[EmbeddedCorpus, EvalResult]:
+def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tuple[EmbeddedCorpus, EvalResult]:
     """Embed every sample that can be read and measure retrieval on them."""
     config = run_config(request.model) or Config()
     data = config.data
@@ -46,7 +44,7 @@ def evaluate_model(
         Preprocess(ImageSpec.from_processor(processor), tokenizer, config.model.text.max_length),
         batch_size=request.batch_size,
         ranks=Ranks(device=device),
-        on_batch=on_batch,
+        progress=progress,
     )
     result = evaluate_corpus(
         corpus,

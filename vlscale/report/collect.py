@@ -1,22 +1,22 @@
 """Gather what a report shows of a run: its metrics, its measures and embeddings, the pictures."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from vlscale.config import Config
 from vlscale.data.samples import read_samples
 from vlscale.evaluate.run import EvalRequest, evaluate_model, run_config
+from vlscale.progress import Progress
 from vlscale.report.runs import RunReport, load_metrics
 
 
-def collect_run(name: str, run: Path, data: list[str], on_batch: Callable[[int], None]) -> RunReport:
+def collect_run(name: str, run: Path, data: list[str], progress: Progress | None = None) -> RunReport:
     """Evaluate a finished run on the shards `data` by the protocol of its own config."""
     config = run_config(str(run)) or Config()
     annotations, cache = (path and Path(path) for path in (config.eval.annotations, config.eval.cache))
     request = EvalRequest(
         str(run), data, config.eval.protocol, config.eval.labels, annotations=annotations, cache=cache
     )
-    corpus, result = evaluate_model(request, on_batch)
+    corpus, result = evaluate_model(request, progress)
     return RunReport(name, run, load_metrics(run), result, corpus, read_images(data, config))
 
 

@@ -11,13 +11,13 @@ from vlscale.data.stream import TrainStream
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.models.hf_folder import save_folder
+from vlscale.progress import Progress
 from vlscale.train.checkpoint import Layout, load_checkpoint, save_checkpoint
 from vlscale.train.engine import Engine
 from vlscale.train.key_hash import batch_facts
 from vlscale.train.metrics_file import MetricsFile
-from vlscale.train.progress import StepProgress
 from vlscale.train.schedule import learning_rate
-from vlscale.train.setup import Parts, build_parts, build_stream, claim_folder
+from vlscale.train.setup import Parts, build_parts, build_stream, check_same_data, claim_folder
 from vlscale.train.step import joint_step
 from vlscale.train.stop import StoppedBySignal, StopWatch
 from vlscale.train.validate import Validation
@@ -45,6 +45,7 @@ def train_run(job: Job, *, resume: bool) -> None:
     layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
     restored = load_checkpoint(folder / "checkpoints", layout, engine.load, ranks)
     stream = build_stream(config, parts, ranks, restored and restored.stream_state)
+    check_same_data(stream.manifest.hash, ranks)
     claim_folder(folder, config, parts.tokenizer, ranks)
     try:
         _steps(job, parts, stream, engine, layout, first_step=restored.step if restored else 0)
@@ -67,7 +68,14 @@ def _steps(job: Job, parts: Parts, stream: TrainStream, engine: Engine, layout: 
     with (
         StopWatch(ranks) as stop_watch,
         closing(iter(stream)) as batches,
-        StepProgress(name, first_step, train.max_steps, config.log, shown=ranks.first) as progress,
+        Progress(
+            name,
+            train.max_steps,
+            "pairs",
+            shown=ranks.first and config.log.progress,
+            done=first_step,
+            lines_every=config.log.every,
+        ) as progress,
     ):
         for step in range(first_step + 1, train.max_steps + 1):
             started = time.perf_counter()
@@ -82,7 +90,7 @@ def _steps(job: Job, parts: Parts, stream: TrainStream, engine: Engine, layout: 
                     {"step": step} | values | {"lr": lr, "samples": samples, "seconds": seconds, "epoch": batch.epoch}
                 )
                 metrics.write(line | facts)
-            progress.step(step, values["loss"], train.global_batch_size)
+            progress.advance(units=train.global_batch_size, note=f"loss {values['loss']:.4f}")
             if validation.due(step):
                 validation.run(step, engine.module)
             stopping = stop_watch.asked()

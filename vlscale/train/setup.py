@@ -84,6 +84,17 @@ def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState 
     )
 
 
+def check_same_data(manifest_hash: str, ranks: Ranks) -> None:
+    """Every rank must see the same shards, or the global batches would not be what the seed says."""
+    hashes = ranks.gather_objects(manifest_hash)
+    other = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
+    if other:
+        raise ValueError(
+            f"data.train: ranks {', '.join(map(str, other))} see other shards than rank 0: manifest {hashes[other[0]]}, "
+            f"expected {hashes[0]}; give every machine the same files"
+        )
+
+
 def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     """The same on every rank: weights are drawn from `train.seed`."""
     tokenizer = build_tokenizer(config, folder, ranks)

@@ -1,0 +1,59 @@
+"""Progress: lines where there is no terminal, a bar with rate and time left where there is one, silence when asked."""
+
+import logging
+import pty
+import subprocess
+import sys
+from os import close, read
+
+import pytest
+
+from vlscale.logging import get_logger
+from vlscale.progress import Progress
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = get_logger()
+    logger.addHandler(handler)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+
+
+def test_lines_come_every_so_often_and_at_the_end(lines):
+    with Progress("run", 7, "pairs", done=2, lines_every=3) as progress:
+        for _ in range(5):
+            progress.advance(units=32, note="loss 1.0")
+    assert [line.split("  ")[1] for line in lines] == ["3/7", "6/7", "7/7"]
+    assert all("loss 1.0" in line and "pairs/s" in line for line in lines)
+    assert lines[-1].endswith("0:00 left")
+
+
+def test_nothing_is_said_when_not_shown(lines):
+    with Progress("run", 2, "pairs", shown=False, lines_every=1) as progress:
+        progress.advance(2)
+    assert lines == []
+
+
+def test_a_terminal_gets_a_bar():
+    code = (
+        "from vlscale.progress import Progress\n"
+        "with Progress('embedding', None, 'samples') as bar:\n"
+        "    bar.expect(4)\n"
+        "    bar.advance(4)\n"
+    )
+    master, slave = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stderr=slave, check=True)
+    close(slave)
+    shown = b""
+    try:
+        while chunk := read(master, 65536):
+            shown += chunk
+    except OSError:  # the terminal's end, on Linux
+        pass
+    close(master)
+    assert b"embedding" in shown and b"4/4" in shown and b"samples/s" in shown and b"\xe2\x94\x81" in shown
