@@ -7,25 +7,18 @@ retrieval measures; `--write` keeps them, dated, in benchmarks/results/.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from common import RESULTS, provenance, today
 
 from vlscale.evaluate.result import EvalResult
 from vlscale.evaluate.table import markdown
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 def main() -> None:
@@ -46,7 +39,7 @@ def main() -> None:
     page = summary(flags, seconds, peak, results)
     print(page)
     if arguments.write:
-        stem = f"{datetime.date.today()}-demo{'-quick' if arguments.quick else ''}"
+        stem = f"{today()}-demo{'-quick' if arguments.quick else ''}"
         (RESULTS / f"{stem}.md").write_text(page)
         (RESULTS / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
 
@@ -68,14 +61,9 @@ def watch(job: psutil.Process) -> int:
 
 def summary(flags: list[str], seconds: float, peak: int, results: dict) -> str:
     named = {name: EvalResult.from_json(json.dumps(result)) for name, result in results.items()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    command = " ".join(["python benchmarks/main_job.py", *flags, "--write"])
     return (
-        f"# vlscale demo{' '.join(['', *flags])}, {datetime.date.today()}\n\n"
-        f"`python benchmarks/main_job.py {' '.join([*flags, '--write'])}` at commit {commit or 'unknown'}; "
-        f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}.\n\n"
+        f"# {' '.join(['vlscale demo', *flags])}, {today()}\n\n{provenance(command)}\n\n"
         f"- {seconds:.0f} seconds from start to report, after the install\n"
         f"- {peak / 1e9:.2f} GB resident at most, all processes together\n\n"
         f"{markdown(named)}\n"

@@ -90,7 +90,7 @@ def check_same_data(manifest_hash: str, ranks: Ranks) -> None:
     other = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
     if other:
         raise ValueError(
-            f"data.train: ranks {', '.join(map(str, other))} see other shards than rank 0: manifest {hashes[other[0]]}, "
+            f"data.train: rank {', '.join(map(str, other))} see other shards than rank 0: manifest {hashes[other[0]]}, "
             f"expected {hashes[0]}; give every machine the same files"
         )
 
@@ -133,9 +133,9 @@ def build_tokenizer(config: Config, folder: Path, ranks: Ranks) -> PreTrainedTok
 
 
 def _image_processor(config: Config, model: DualEncoder) -> BaseImageProcessor:
-    """The starting point's own, where it has one; pictures of another size than the tower's are refused."""
-    vision, side = config.model.vision, image_size(model.vision_model)
+    """The starting point's own; for a tower from scratch, one of the tower's size."""
+    vision = config.model.vision
     source = (config.model.init_from and final_folder(config.model.init_from)) or vision.source
     if source is None:
-        return new_image_processor(side, vision.mean, vision.std)
+        return new_image_processor(image_size(model.vision_model), vision.mean, vision.std)
     return load_image_processor(source)
