@@ -132,8 +132,12 @@ def as_weights(weights: Tensor | list[float] | None, teachers: list[Tensor], dty
         if not weights.is_floating_point():
             raise ValueError(f"teacher_weights: expected a floating dtype, got {weights.dtype}")
         check_device("teacher_weights", weights, device)
-    elif isinstance(weights, list | tuple) and all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
-        weights = torch.tensor([float(w) for w in weights], dtype=dtype, device=device)
+    elif (
+        isinstance(weights, list | tuple)
+        and weights
+        and all(isinstance(w, int | float) and math.isfinite(w) for w in weights)
+    ):
+        weights = torch.stack([torch.full((), float(w), dtype=dtype, device=device) for w in weights])
     else:
         raise ValueError(f"teacher_weights: expected a tensor (K,) or a list of finite floats, got {weights!r}")
     if tuple(weights.shape) != (len(teachers),):

@@ -73,6 +73,17 @@ def same_id_count(row_ids: Tensor, column_ids: Tensor) -> Tensor:
     return torch.searchsorted(ordered, row_ids, right=True) - torch.searchsorted(ordered, row_ids)
 
 
+def tile_operands(image: Tensor, text: Tensor, scale: Tensor, impl: str) -> tuple[Tensor, Tensor, bool]:
+    """(x, y, whether Triton takes them): bfloat16 as it is, half in float32 (its range ends before 1/N does).
+
+    float64 has no tensor cores to win anything on, and is computed by the chunked tiles whatever the impl.
+    """
+    triton = impl == "triton" and scale.dtype == torch.float32
+    if triton and image.dtype == torch.bfloat16:
+        return image.contiguous(), text.contiguous(), True
+    return image.to(scale.dtype).contiguous(), text.to(scale.dtype).contiguous(), triton
+
+
 def full_precision(function):
     """Run an op's body without autocast: a caller's autocast must not turn fp32 products into bf16 ones."""
 

@@ -71,9 +71,7 @@ class Relation:
         ends = torch.tensor(widths).cumsum(0).tolist()
         self.segments = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
         self.spread = weights.repeat_interleave(torch.tensor(widths, device=weights.device), output_size=sum(widths))
-        if kind == "cosine":
-            self.left = rows * self.spread
-        else:
+        if kind == "euclidean":
             self.row_norms = [rows[:, k].square().sum(1) for k in self.segments]
             self.column_norms = [columns[:, k].square().sum(1) for k in self.segments]
 
@@ -96,7 +94,7 @@ class Relation:
 
     def logits(self, place: Tile, out: Tensor, spare: Tensor) -> Tensor:
         if self.kind == "cosine":
-            return product(self.left[slice(*place.rows)], self.columns[slice(*place.columns)], out)
+            return product(self.rows[slice(*place.rows)] * self.spread, self.columns[slice(*place.columns)], out)
         out.zero_()
         for k in range(len(self.segments)):
             out.addcmul_(self.distances(k, place, spare), self.weights[k], value=-1)

@@ -14,27 +14,16 @@ from . import chunked_contrastive as tiles
 from . import chunked_contrastive_double as double_tiles
 from . import reference
 from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
-from .chunked import full_precision
+from .chunked import full_precision, tile_operands
 
 STATISTICS = 8  # row_ref, col_ref, then pos, off, target of the rows and of the columns
-
-
-def _operands(image: Tensor, text: Tensor, scale: Tensor, impl: str) -> tuple[Tensor, Tensor, bool]:
-    """(x, y, whether Triton takes them): bfloat16 as it is, half in float32 (its range ends before 1/N does).
-
-    float64 has no tensor cores to win anything on, and is computed by the chunked tiles whatever the impl.
-    """
-    triton = impl == "triton" and scale.dtype == torch.float32
-    if triton and image.dtype == torch.bfloat16:
-        return image.contiguous(), text.contiguous(), True
-    return image.to(scale.dtype).contiguous(), text.to(scale.dtype).contiguous(), triton
 
 
 @torch.library.custom_op("vlscale::contrastive_forward", mutates_args=())
 @full_precision
 def forward_op(image: Tensor, text: Tensor, scale: Tensor, pair_id: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """(loss, statistics (8, N)) for compute-dtype scale and embeddings of any float dtype."""
-    x, y, triton = _operands(image, text, scale, impl)
+    x, y, triton = tile_operands(image, text, scale, impl)
     positives = tiles.Positives(pair_id, pair_id, 0)
     if triton:
         from . import triton_contrastive
@@ -54,7 +43,7 @@ def _(image, text, scale, pair_id, impl):
 
 
 def _weights(statistics: Tensor, pair_id: Tensor | None, *, vectors: bool) -> tiles.Weights:
-    """Statistics as the backward needs them, with one shared reference where there is one unless `vectors` are wanted."""
+    """Statistics as the backward needs them, with one shared reference where there is one, unless `vectors` is set."""
     row_ref, col_ref = statistics[0], statistics[1]
     if not vectors and statistics.device.type == "cpu" and bool((statistics[:2] == statistics[0, 0]).all()):
         row_ref = col_ref = statistics[0, 0]
@@ -75,19 +64,22 @@ def backward_op(
     want_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text (empty where not wanted) and scale."""
-    x, y, triton = _operands(image, text, scale, impl)
-    use_rows = want_image or not want_text
+    x, y, triton = tile_operands(image, text, scale, impl)
     weights = _weights(statistics, pair_id, vectors=triton)
     if triton:
         from . import triton_contrastive
 
         flag = (~(statistics[:2] == statistics[0, 0]).all()).to(torch.int32)
-        dx, dy = triton_contrastive.contrastive_gradients(x, y, scale, weights, flag, want_x=use_rows, want_y=want_text)
+        dx, dy, along = triton_contrastive.contrastive_gradients(
+            x, y, scale, weights, flag, want_x=want_image, want_y=want_text
+        )
+        along = along / scale
     else:
+        use_rows = want_image or not want_text
         dx, dy = tiles.contrastive_gradients(x, y, scale, weights, want_x=use_rows, want_y=want_text)
+        along = ((dx * x).sum(1) if use_rows else (dy * y).sum(1)).sum(dtype=torch.float64)
     mean = grad / (2 * len(x))
-    along = (dx * x).sum(1) if use_rows else (dy * y).sum(1)
-    d_scale = (along.sum(dtype=torch.float64) * mean).to(scale.dtype)
+    d_scale = (along * mean).to(scale.dtype)
     d_image = dx.mul_(mean * scale).to(image.dtype) if want_image else image.new_empty(0)
     d_text = dy.mul_(mean * scale).to(text.dtype) if want_text else text.new_empty(0)
     return d_image, d_text, d_scale
@@ -116,7 +108,7 @@ def double_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of grad, image, text and scale, from the cotangents u, v, w of the three gradients."""
     x, y, u, v = (t.to(scale.dtype) for t in (image, text, u, v))
-    triton = _operands(image, text, scale, impl)[2]
+    triton = tile_operands(image, text, scale, impl)[2]
     weights = _weights(statistics, pair_id, vectors=triton)
     passes = double_tiles
     if triton:

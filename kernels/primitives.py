@@ -39,6 +39,10 @@ Relations, rows x (b, F) of X (N, F): Relation(x, X, weights, widths, kind) for 
     relation_mae_sweep(difference, toward, sweep, offset): the same three sweeps, loss and gradient at once.
     relation_gram(v) -> (F, F), all_reduce(SUM); relation_mse_total(v, spread, gram) differentiable by autograd.
     relation_wasserstein_sweep(student, teacher, offset, Sweep.PAIR, ...): my rows x all columns.
+
+These are the PyTorch forms, for any device. triton_contrastive.contrastive_statistics and contrastive_gradients and
+triton_sigmoid.sigmoid_sweep take the same rectangles and offsets (with a device flag in place of the host's answer to
+sums_are_sound); Triton's relation kernels are written for one process's square.
 """
 
 from .chunked import fixed_reference, sums_are_sound

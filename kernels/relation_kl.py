@@ -27,6 +27,17 @@ def _relations(
     return Relation(x, x, student_weight, [x.shape[1]], relation), Relation(z, z, weights, widths, relation)
 
 
+def _on_triton(weights: Tensor, relation: str, impl: str) -> bool:
+    """Whether the Triton kernels serve this; euclidean relations and float64 are the chunked tiles' on every impl."""
+    return impl == "triton" and relation == "cosine" and weights.dtype == torch.float32
+
+
+def _operands(student: Tensor, student_weight: Tensor, teacher: Tensor, weights: Tensor, widths: list[int]):
+    from .triton_relation_kl import Operand
+
+    return Operand.of(student, student_weight, [student.shape[1]]), Operand.of(teacher, weights, widths)
+
+
 @torch.library.custom_op("vlscale::relation_kl_forward", mutates_args=())
 @full_precision
 def forward_op(
@@ -37,17 +48,25 @@ def forward_op(
     widths: list[int],
     relation: str,
     matrix: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics (7, N)); student_weight (1,), teacher (N, sum of widths), weights (K,)."""
-    s, t = _relations(student, student_weight, teacher, weights, widths, relation)
-    references, sums = tiles.relation_kl_sums(s, t, matrix=matrix)
+    if _on_triton(weights, relation, impl):
+        from . import triton_relation_kl as kernels
+
+        operands = _operands(student, student_weight, teacher, weights, widths)
+        *references, sums = kernels.relation_kl_sums(*operands, matrix=matrix)
+    else:
+        s, t = _relations(student, student_weight, teacher, weights, widths, relation)
+        found, sums = tiles.relation_kl_sums(s, t, matrix=matrix)
+        references = [found.student.expand(len(student)), found.teacher.expand(len(student))]
     loss = tiles.relation_kl_terms(sums.double().sum(1, keepdim=True) if matrix else sums).mean()
-    rows = torch.stack([references.student.expand(len(student)), references.teacher.expand(len(student))])
+    rows = torch.stack(references)
     return loss.to(weights.dtype), torch.cat([rows, sums])
 
 
 @forward_op.register_fake
-def _(student, student_weight, teacher, weights, widths, relation, matrix):
+def _(student, student_weight, teacher, weights, widths, relation, matrix, impl):
     return weights.new_empty(()), weights.new_empty(STATISTICS, student.shape[0])
 
 
@@ -69,35 +88,53 @@ def backward_op(
     widths: list[int],
     relation: str,
     matrix: bool,
+    impl: str,
     statistics: Tensor,
     want_student: bool,
     want_teacher: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the four tensors; empty (0,) for a side that is not wanted."""
     n = len(student)
-    s, t = _relations(student, student_weight, teacher, weights, widths, relation)
-    references, sweep = _references(statistics, matrix=matrix)
     sums = statistics[2:]
     if matrix:
         sums = sums.double().sum(1, keepdim=True).expand(-1, n)
     coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
-    gradients = tiles.relation_kl_gradients(
-        s, t, references, coefficients, coefficients, sweep, 0, want_student=want_student, want_teacher=want_teacher
-    )
     mean = grad if matrix else grad / n
-    out = []
-    for emb, weight, gradient in zip((student, teacher), (student_weight, weights), gradients, strict=True):
-        if gradient is None:
-            out += [emb.new_empty(0), weight.new_empty(0)]
-            continue
-        rows, _, of_weights = gradient.finish()
-        out += [rows.mul_(mean).to(emb.dtype), of_weights * mean]
-    return tuple(out)
+    if _on_triton(weights, relation, impl):
+        from . import triton_relation_kl as kernels
+
+        operands = _operands(student, student_weight, teacher, weights, widths)
+        found = kernels.relation_kl_gradients(
+            *operands, statistics[0], statistics[1], coefficients, matrix=matrix, want_teacher=want_teacher
+        )
+    else:
+        s, t = _relations(student, student_weight, teacher, weights, widths, relation)
+        references, sweep = _references(statistics, matrix=matrix)
+        want = {"want_student": want_student, "want_teacher": want_teacher}
+        both = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, sweep, 0, **want)
+        found = [part for g in both for part in ((None, None) if g is None else g.finish()[::2])]
+    wanted = (want_student, want_student, want_teacher, want_teacher)
+    inputs = (student, student_weight, teacher, weights)
+    return tuple(
+        gradient.mul_(mean).to(of.dtype) if want else of.new_empty(0)
+        for gradient, of, want in zip(found, inputs, wanted, strict=True)
+    )
 
 
 @backward_op.register_fake
 def _(
-    grad, student, student_weight, teacher, weights, widths, relation, matrix, statistics, want_student, want_teacher
+    grad,
+    student,
+    student_weight,
+    teacher,
+    weights,
+    widths,
+    relation,
+    matrix,
+    impl,
+    statistics,
+    want_student,
+    want_teacher,
 ):
     def like(t: Tensor, wanted: bool) -> Tensor:
         return t.new_empty(tuple(t.shape) if wanted else (0,))
@@ -120,7 +157,7 @@ def _backward(ctx, grad, _):
     needed = ctx.needs_input_grad[:4]
     sides = needed[0] or needed[1], needed[2] or needed[3]
     grads = backward_op(grad, *tensors, *ctx.settings, statistics, *sides)
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None, None
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 4
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
@@ -162,4 +199,6 @@ def relation_kl_loss(
             return reference.relation_kl_loss(student_emb.to(dtype), student_weight, teachers, weights, scope, relation)
     widths = [t.shape[1] for t in teachers]
     teacher = teachers[0] if len(teachers) == 1 else torch.cat([t.to(dtype) for t in teachers], 1)
-    return forward_op(student_emb, student_weight.reshape(1), teacher, weights, widths, relation, scope == "matrix")[0]
+    return forward_op(
+        student_emb, student_weight.reshape(1), teacher, weights, widths, relation, scope == "matrix", impl
+    )[0]

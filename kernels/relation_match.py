@@ -4,7 +4,8 @@
     mae mean |s - t|;   mse mean (s - t)^2;   wasserstein mean over rows of the mean |difference| of sorted values
 
 mae and wasserstein make their gradients in the forward pass and are differentiable once; mse is plain algebra on an
-(F, F) matrix, the same code for every impl but `reference`, and differentiable any number of times.
+(F, F) matrix and differentiable any number of times. Triton kernels serve mae in float32 and below; everything else is
+the same blockwise code for `triton` and `chunked`.
 """
 
 import torch
@@ -29,12 +30,21 @@ def forward_op(
     metric: str,
     want_student: bool,
     want_teacher: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, then the gradients of student, student_weight (1,), teacher (N, sum of widths), weights (K,)).
 
     A side that is not wanted comes back empty.
     """
     n = len(student)
+    pairs = n * (n - 1)
+    if impl == "triton" and metric == "mae" and weights.dtype == torch.float32:
+        from .triton_relation_kl import Operand
+        from .triton_relation_match import relation_mae
+
+        sides = Operand.of(student, student_weight, [student.shape[1]]), Operand.of(teacher, weights, widths)
+        total, found = relation_mae(*sides, want_student=want_student, want_teacher=want_teacher)
+        return (total / pairs).to(weights.dtype), *(weights.new_empty(0) if g is None else g / pairs for g in found)
     x, z = student.to(weights.dtype), teacher.to(weights.dtype)
     alone = Relation(x, x, student_weight, [x.shape[1]], "cosine")
     if metric == "mae":
@@ -49,7 +59,6 @@ def forward_op(
             alone, mixed, 0, Sweep.TRIANGLE, want_student=want_student, want_teacher=want_teacher
         )
         grads = [part for g in (of_student, of_teacher) for part in _finish(g, weights)]
-    pairs = n * (n - 1)
     return (total / pairs).to(weights.dtype), *(g / pairs for g in grads)
 
 
@@ -72,7 +81,7 @@ def _split(
 
 
 @forward_op.register_fake
-def _(student, student_weight, teacher, weights, widths, metric, want_student, want_teacher):
+def _(student, student_weight, teacher, weights, widths, metric, want_student, want_teacher, impl):
     def like(t: Tensor, wanted: bool) -> Tensor:
         return weights.new_empty(tuple(t.shape) if wanted else (0,))
 
@@ -91,7 +100,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), None, None, None, None
+    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), *[None] * 5
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
@@ -143,4 +152,5 @@ def relation_match_loss(
     recording = torch.is_grad_enabled()
     want_student = recording and (student_emb.requires_grad or student_weight.requires_grad)
     want_teacher = recording and (teacher.requires_grad or weights.requires_grad)
-    return forward_op(student_emb, student_weight, teacher, weights, widths, metric, want_student, want_teacher)[0]
+    wanted = want_student, want_teacher
+    return forward_op(student_emb, student_weight, teacher, weights, widths, metric, *wanted, impl)[0]

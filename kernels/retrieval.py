@@ -1,7 +1,8 @@
 """`retrieval_ranks` and `topk_neighbors`: exact retrieval over a gallery of any size, without the Q x G scores.
 
 Ranks are counts, not sorted lists: how many beat the best positive, how many tie with it. Ties are scores that are
-equal as computed, so identical rows tie. Nothing here has a gradient.
+equal as computed, so identical rows tie. Nothing here has a gradient. There are no Triton kernels here: `triton` and
+`chunked` are the same blockwise code, which on a GPU waits for the device where it lists what it found.
 """
 
 import torch

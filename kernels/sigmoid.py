@@ -12,7 +12,7 @@ from torch import Tensor
 from . import chunked_sigmoid as tiles
 from . import reference
 from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
-from .chunked import full_precision
+from .chunked import full_precision, tile_operands
 from .chunked_contrastive import Positives
 from .once import scale_saved
 
@@ -20,30 +20,36 @@ from .once import scale_saved
 @torch.library.custom_op("vlscale::sigmoid_forward", mutates_args=())
 @full_precision
 def forward_op(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pair_id: Tensor | None, want: list[bool]
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pair_id: Tensor | None, want: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, d image, d text, d scale, d bias); `want` says which gradients, the others come back empty."""
     n = len(image)
-    x, y = image.to(scale.dtype), text.to(scale.dtype)
-    want_rows = want[0] or (any(want) and not want[1])
-    loss, dx, dy, total = tiles.sigmoid_sweep(
-        x, y, scale, bias, Positives(pair_id, pair_id, 0), want_x=want_rows, want_y=want[1]
-    )
+    x, y, triton = tile_operands(image, text, scale, impl)
+    positives = Positives(pair_id, pair_id, 0)
+    if triton:
+        from . import triton_sigmoid
+
+        loss, dx, dy, total, along = triton_sigmoid.sigmoid_sweep(
+            x, y, scale, bias, positives, want_x=want[0], want_y=want[1], want_scalars=any(want[2:])
+        )
+    else:
+        want_rows = want[0] or (any(want) and not want[1])
+        loss, dx, dy, total = tiles.sigmoid_sweep(x, y, scale, bias, positives, want_x=want_rows, want_y=want[1])
+        along = total
+        if want[2]:
+            along = ((dx * x).sum(1) if want_rows else (dy * y).sum(1)).sum(dtype=torch.float64)
     none = scale.new_empty(0)
-    d_scale = none
-    if want[2]:
-        d_scale = ((dx * x).sum(1) if want_rows else (dy * y).sum(1)).sum(dtype=torch.float64).to(scale.dtype) / n
     return (
         (loss / n).to(scale.dtype),
         dx.mul_(scale / n) if want[0] else none,
         dy.mul_(scale / n) if want[1] else none.clone(),
-        d_scale if want[2] else none.clone(),
+        (along / n).to(scale.dtype) if want[2] else none.clone(),
         (total / n).to(scale.dtype) if want[3] else none.clone(),
     )
 
 
 @forward_op.register_fake
-def _(image, text, scale, bias, pair_id, want):
+def _(image, text, scale, bias, pair_id, want, impl):
     shapes = (tuple(image.shape), tuple(text.shape), (), ())
     return scale.new_empty(()), *(
         scale.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, want, strict=True)
@@ -56,7 +62,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), None, None
+    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
@@ -88,4 +94,4 @@ def sigmoid_loss(
         with torch.autocast(device_type=image_emb.device.type, enabled=False):
             return reference.sigmoid_loss(image_emb.to(dtype), text_emb.to(dtype), scale, bias, pair_id)
     want = [t.requires_grad and torch.is_grad_enabled() for t in (image_emb, text_emb, scale, bias)]
-    return forward_op(image_emb, text_emb, scale, bias, pair_id, want)[0]
+    return forward_op(image_emb, text_emb, scale, bias, pair_id, want, impl)[0]

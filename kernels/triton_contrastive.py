@@ -4,7 +4,7 @@ Forward: one product and one exponential an element; a program owns a row tile a
 rows' sums in registers and writes its columns' sums to partial[row tile, N], which are added in fixed order: no
 atomics, bitwise repeatable. Rows go in waves, so that the partial sums stay small. 2 N^2 D operations, 8 N^2 D in all.
 
-Backward by G-waves: a block of G = P_row + P_col (positives 0) is recomputed and stored in the embeddings' dtype, then
+Backward by G-waves: a block of G = P_row + P_col (positives 0) is recomputed and stored in float32 or float16, then
 two ordinary products take it to dx and dy in float32. A lone positive's -(off_i/r_i + off_j/q_j) is added apart in
 float32: in bfloat16 it would be the largest error. With ids, G holds the positives and is float32.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .chunked import SUM_BITS, fixed_reference, spans
 from .chunked_contrastive import Positives, Weights, contrastive_bound
-from .triton_tiles import Config, choose_config, product_tile, same_pair
+from .triton_tiles import Centred, Config, Work, choose_config, product_tile, same_pair, store_weights, stored_dtype
 
 
 @triton.jit
@@ -34,12 +34,13 @@ def maxima_kernel(
     if tl.load(flag_ptr) == 0:
         return
     tile, split = tl.program_id(0), tl.program_id(1)
-    rows = row_start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = row_start + tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     scale = tl.load(scale_ptr)
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        s = scale * product_tile(x_ptr, y_ptr, rows, columns, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
+        s = scale * product_tile(x_ptr, y_ptr, first_row, first, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
         inside = (rows < b)[:, None] & (columns < n)[None, :]
         s = tl.where(inside, s, float("-inf"))
         best = tl.maximum(best, tl.max(s, 1))
@@ -63,7 +64,8 @@ def statistics_kernel(
         if tl.load(flag_ptr) == 0:
             return
     tile, split = tl.program_id(0), tl.program_id(1)
-    rows = row_start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = row_start + tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     scale = tl.load(scale_ptr)
     off = tl.zeros((BLOCK_M,), tl.float32)
     pos = tl.zeros((BLOCK_M,), tl.float32)
@@ -75,7 +77,7 @@ def statistics_kernel(
     plane = tl.num_programs(0).to(tl.int64) * n
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        s = scale * product_tile(x_ptr, y_ptr, rows, columns, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
+        s = scale * product_tile(x_ptr, y_ptr, first_row, first, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
         inside = (rows < b)[:, None] & (columns < n)[None, :]
         positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, b, n, offset, HAS_IDS)
         e = tl.exp(s - row_ref)
@@ -105,20 +107,23 @@ def statistics_kernel(
 @triton.jit
 def weights_kernel(
     x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
-    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr,
+    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, along_ptr,
+    row_total_ptr, column_total_ptr,
     row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
     SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of G, rows and columns of the wave; a lone positive is left 0 unless there are ids."""
+    """One block of G; from its float32 values also each row's <G, S> and the rows' and columns' sums, a tile each.
+
+    Own pairs are left 0 and the sums made unless there are ids. (A sum to one scalar breaks triton 3.7's sm_100 build.)
+    """
     if tl.load(flag_ptr) == SHARED:
         return
-    first_row, first_column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    rows = row_start + first_row + tl.arange(0, BLOCK_M)
-    columns = column_start + first_column + tl.arange(0, BLOCK_N)
+    first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
+    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     s = tl.load(scale_ptr) * product_tile(
-        x_ptr, y_ptr, rows, columns, row_end, column_end, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K
+        x_ptr, y_ptr, first_row, first_column, row_end, column_end, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K
     )
     row_inverse = tl.load(row_inverse_ptr + rows, mask=row_ok, other=0.0)[:, None]
     column_inverse = tl.load(column_inverse_ptr + columns, mask=column_ok, other=0.0)[None, :]
@@ -137,16 +142,25 @@ def weights_kernel(
     else:
         g = tl.where(positive, 0.0, g)
     inside = row_ok[:, None] & column_ok[None, :]
-    place = (rows - row_start).to(tl.int64)[:, None] * stride_g + (columns - column_start)[None, :]
-    tl.store(g_ptr + place, tl.where(inside, g, 0.0).to(g_ptr.dtype.element_ty), mask=inside)
+    store_weights(g_ptr, g, rows - row_start, columns - column_start, stride_g, inside)
+    g = tl.where(inside, g, 0.0)
+    by_row = tl.program_id(1).to(tl.int64) * (row_end - row_start) + rows - row_start
+    tl.store(along_ptr + by_row, tl.sum(g * s, 1), mask=row_ok)
+    if not HAS_IDS:
+        tl.store(row_total_ptr + by_row, tl.sum(g, 1), mask=row_ok)
+        by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
+        tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
 
 
 def _ids(positives: Positives) -> tuple[Tensor | None, Tensor | None, bool]:
     return positives.row_ids, positives.col_ids, positives.row_ids is not None
 
 
-def contrastive_maxima(x: Tensor, y: Tensor, scale: Tensor, flag: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def contrastive_maxima(
+    x: Tensor, y: Tensor, scale: Tensor, flag: Tensor, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
     """Row (b,) and column (N,) maxima of the logits, only while `flag` is set (anything otherwise)."""
+    config = config or choose_config(x, Work.LIGHT)
     b, n = len(x), len(y)
     rows, cols = scale.new_zeros(b), scale.new_full((n,), -torch.inf)
     for i in spans(0, b, config.wave_rows):
@@ -170,7 +184,7 @@ def contrastive_statistics(
     col_ref: Tensor,
     positives: Positives,
     flag: Tensor,
-    config: Config,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(3, b) row sums and (3, N) column sums, as in chunked_contrastive; columns partial over these rows.
 
@@ -179,9 +193,10 @@ def contrastive_statistics(
     b, n = len(x), len(y)
     row_ids, col_ids, has_ids = _ids(positives)
     shared = row_ref.dim() == 0
+    config = config or choose_config(x, Work.LIGHT if shared and not has_ids else Work.FULL)
     sums = 3 if has_ids else 1
     rows, cols = scale.new_zeros(3, b), scale.new_zeros(3, n)
-    order = [1, 0, 2][:sums]  # the kernel writes off, pos, target
+    places = (1, 0, 2)[:sums]  # of the kernel's off, pos, target; a list as an index would be copied to the device
     for i in spans(0, b, config.wave_rows):
         tiles = triton.cdiv(i[1] - i[0], config.block_m)
         splits = min(config.splits, triton.cdiv(n, config.block_n))
@@ -192,8 +207,9 @@ def contrastive_statistics(
             i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
             SHARED=shared, HAS_IDS=has_ids, **config.launch(),
         )  # fmt: skip
-        rows[order, slice(*i)] = row_out.sum(1)[:, : i[1] - i[0]]
-        cols[order] += column_out.sum(1)
+        for place, of_rows, of_cols in zip(places, row_out.sum(1), column_out.sum(1), strict=True):
+            rows[place, slice(*i)] = of_rows[: i[1] - i[0]]
+            cols[place] += of_cols
     if has_ids:
         rows[2] /= positives.row_count
         cols[2] /= positives.col_count
@@ -216,7 +232,6 @@ def contrastive_references(
 
     `flag` is 1 where the maxima were needed; no value is read on the host.
     """
-    config = config or choose_config(x)
     ref = fixed_reference(contrastive_bound(x.to(scale.dtype), y.to(scale.dtype), scale), scale.dtype)
     idle = torch.ones((), dtype=torch.int32, device=x.device)
     rows, cols = contrastive_statistics(x, y, scale, ref, ref, positives, idle, config)
@@ -245,50 +260,51 @@ def contrastive_gradients(
     *,
     want_x: bool = True,
     want_y: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(G y (b, D) complete, G^T x (N, D) partial over these rows), float32, as in chunked_contrastive.
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(G y (b, D) complete, G^T x (N, D) and <G, S> partial over these rows), float32.
 
-    `weights` hold vector references; with a clear `flag` all their entries are the one constant.
+    `weights` hold vector references; with a clear `flag` all their entries are the one constant. <G, S> is summed where
+    G is still float32: from a float16 G, as <G y, x>, it is percents wrong on cone-shaped embeddings.
     """
-    config = config or choose_config(x)
+    config = config or choose_config(x, Work.FULL)
     positives, dtype = weights.positives, scale.dtype
     row_ids, col_ids, has_ids = _ids(positives)
-    stored = dtype if has_ids else x.dtype
-    left, right = x.to(stored), y.to(stored)
+    stored = stored_dtype(x, dtype, has_ids=has_ids)
+    left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
     dx, dy = (
         torch.zeros(t.shape, dtype=dtype, device=t.device) if want else None for t, want in ((x, want_x), (y, want_y))
     )
     height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
     block = torch.empty(height, width, dtype=stored, device=x.device)
+    along = torch.zeros((), dtype=torch.float64, device=x.device)
     for i in spans(0, len(x), height):
         for j in spans(0, len(y), width):
             g = block[: i[1] - i[0], : j[1] - j[0]]
+            row_totals, col_totals = scale.new_zeros(len(g)), scale.new_zeros(g.shape[1])
             grid = triton.cdiv(g.shape[0], config.block_m), triton.cdiv(g.shape[1], config.block_n)
             for shared in (True, False):
+                part = scale.new_zeros(grid[1], len(g))
+                by_row, by_col = scale.new_zeros(grid[1], len(g)), scale.new_zeros(grid[0], g.shape[1])
                 weights_kernel[grid](
                     x, y, scale, flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
-                    weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g,
+                    weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, part, by_row, by_col,
                     i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
                     SHARED=shared, HAS_IDS=has_ids, **config.launch(),
                 )  # fmt: skip
+                along += part.sum(dtype=torch.float64)
+                row_totals += by_row.sum(0)
+                col_totals += by_col.sum(0)
             if want_x:
-                dx[slice(*i)] += _product(g, right[slice(*j)], dtype)
+                dx[slice(*i)] += right.weighted(g, slice(*j), row_totals)
             if want_y:
-                dy[slice(*j)] += _product(g.T, left[slice(*i)], dtype)
+                dy[slice(*j)] += left.weighted(g.T, slice(*i), col_totals)
     if not has_ids:
         mine = slice(positives.offset, positives.offset + len(x))
         miss = (weights.row_miss + weights.col_miss[mine])[:, None]
+        own = scale * (x.to(dtype) * y[mine].to(dtype)).sum(1)
+        along -= (own * miss[:, 0]).sum(dtype=torch.float64)
         if want_x:
             dx.addcmul_(y[mine].to(dtype), miss, value=-1)
         if want_y:
             dy[mine].addcmul_(x.to(dtype), miss, value=-1)
-    return dx, dy
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right accumulated and returned in `dtype`; bfloat16 operands stay on the tensor cores."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    return dx, dy, along

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .chunked import spans
 from .chunked_contrastive import Weights
-from .triton_tiles import Config, choose_config, product_tile, same_pair
+from .triton_tiles import Config, Work, choose_config, product_tile, same_pair, store_weights
 
 
 @triton.jit
@@ -37,14 +37,15 @@ def double_statistics_kernel(
 ):  # fmt: skip
     """rowsum(P_row o (M - own_row)) (splits, wave rows) and colsum(P_col o (M - own_col)) (row tiles, n)."""
     tile, split = tl.program_id(0), tl.program_id(1)
-    rows = row_start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = row_start + tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     scale, w = tl.load(scale_ptr), tl.load(w_ptr)
     own_row = tl.load(own_row_ptr + rows, mask=rows < b, other=0.0)[:, None]
     total = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        s = product_tile(x_ptr, y_ptr, rows, columns, b, n, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K)
-        a = product_tile(left_ptr, right_ptr, rows, columns, b, n, 2 * D, 2 * D, 2 * D, BLOCK_M, BLOCK_N, BLOCK_K)
+        s = product_tile(x_ptr, y_ptr, first_row, first, b, n, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K)
+        a = product_tile(left_ptr, right_ptr, first_row, first, b, n, 2 * D, 2 * D, 2 * D, BLOCK_M, BLOCK_N, BLOCK_K)
         m = scale * a + w * s
         row, column = probabilities(
             scale * s, rows, columns, b, n, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr
@@ -64,15 +65,25 @@ def double_weights_kernel(
     column_ids_ptr, toward_ptr, g_ptr, scalars_ptr, row_start, row_end, column_start, column_end, D, stride_g, offset,
     HAS_IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of scale Gb + w G and of scale G, and this tile's <Gb, S> + <G, A> and <G, M>."""
-    first_row, first_column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    rows = row_start + first_row + tl.arange(0, BLOCK_M)
-    columns = column_start + first_column + tl.arange(0, BLOCK_N)
+    """One block of scale Gb + w G and of scale G, and each row's <Gb, S> + <G, A> and <G, M>, a column tile each."""
+    first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
+    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     scale, w = tl.load(scale_ptr), tl.load(w_ptr)
-    s = product_tile(x_ptr, y_ptr, rows, columns, row_end, column_end, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    s = product_tile(x_ptr, y_ptr, first_row, first_column, row_end, column_end, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K)
     a = product_tile(
-        left_ptr, right_ptr, rows, columns, row_end, column_end, 2 * D, 2 * D, 2 * D, BLOCK_M, BLOCK_N, BLOCK_K
+        left_ptr,
+        right_ptr,
+        first_row,
+        first_column,
+        row_end,
+        column_end,
+        2 * D,
+        2 * D,
+        2 * D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
     m = scale * a + w * s
     row, column = probabilities(
@@ -90,12 +101,12 @@ def double_weights_kernel(
     row_shift = tl.load(row_shift_ptr + rows, mask=row_ok, other=0.0)[:, None]
     column_shift = tl.load(column_shift_ptr + columns, mask=column_ok, other=0.0)[None, :]
     gb = row * (m - row_shift) + column * (m - column_shift)
-    place = (rows - row_start).to(tl.int64)[:, None] * stride_g + (columns - column_start)[None, :]
-    tl.store(toward_ptr + place, scale * gb + w * g, mask=inside)
-    tl.store(g_ptr + place, scale * g, mask=inside)
-    out = scalars_ptr + 2 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
-    tl.store(out, tl.sum(tl.sum(gb * s + g * a, 1), 0))
-    tl.store(out + 1, tl.sum(tl.sum(g * m, 1), 0))
+    store_weights(toward_ptr, scale * gb + w * g, rows - row_start, columns - column_start, stride_g, inside)
+    store_weights(g_ptr, scale * g, rows - row_start, columns - column_start, stride_g, inside)
+    height = row_end - row_start
+    out = scalars_ptr + tl.program_id(1).to(tl.int64) * height + rows - row_start
+    tl.store(out, tl.sum(gb * s + g * a, 1), mask=row_ok)
+    tl.store(out + tl.num_programs(1).to(tl.int64) * height, tl.sum(g * m, 1), mask=row_ok)
 
 
 def _sides(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +118,7 @@ def contrastive_double_statistics(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As in chunked_contrastive_double, for float32 tensors and vector references; columns partial."""
-    config = config or choose_config(x)
+    config = config or choose_config(x, Work.FULL)
     x, y = x.contiguous(), y.contiguous()
     left, right = _sides(x, y, u, v)
     b, n = len(x), len(y)
@@ -130,7 +141,7 @@ def contrastive_double_gradients(
     sums: tuple[Tensor, Tensor], config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As in chunked_contrastive_double, for float32 tensors and vector references."""
-    config = config or choose_config(x)
+    config = config or choose_config(x, Work.FULL)
     x, y, positives = x.contiguous(), y.contiguous(), weights.positives
     left, right = _sides(x, y, u, v)
     xb, yb, scalars = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(2, dtype=torch.float64)
@@ -141,14 +152,14 @@ def contrastive_double_gradients(
         for j in spans(0, len(y), width):
             toward, g = blocks[:, : i[1] - i[0], : j[1] - j[0]]
             grid = triton.cdiv(g.shape[0], config.block_m), triton.cdiv(g.shape[1], config.block_n)
-            part = x.new_empty(grid[0] * grid[1], 2)
+            part = x.new_empty(2, grid[1], g.shape[0])
             double_weights_kernel[grid](
                 x, y, left, right, scale, w, weights.row_ref, weights.col_ref, weights.row_inverse,
                 weights.col_inverse, row_shift, column_shift, weights.row_miss, weights.col_miss,
                 positives.row_count, positives.row_ids, positives.col_ids, toward, g, part, i[0], i[1], j[0], j[1],
                 x.shape[1], width, positives.offset, HAS_IDS=positives.row_ids is not None, **config.launch(),
             )  # fmt: skip
-            scalars += part.sum(0, dtype=torch.float64)
+            scalars += part.sum((1, 2), dtype=torch.float64)
             xb[slice(*i)].addmm_(toward, y[slice(*j)]).addmm_(g, v[slice(*j)])
             yb[slice(*j)].addmm_(toward.T, x[slice(*i)]).addmm_(g.T, u[slice(*i)])
     scale_bar, along = scalars.to(x.dtype)

@@ -6,6 +6,7 @@ over BLOCK_K-wide steps, so any width works. Indices are 64-bit where they meet 
 
 import os
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: widen them first there.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+STORED_SCALE = tl.constexpr(4096.0)  # of float16 gradient weights
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,83 @@ class Config:
         return blocks | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Registers and shared memory of each: benchmarks/results/compile_table.md. float32 operands take twice the room.
-BF16 = Config()
-BF16_SMALL_SHARED = Config(block_n=128)  # sm_80 has 164 KB a block; 8 warps at 128 x 256 spill there
+class Work(Enum):
+    """How much a kernel keeps beside its accumulator, which decides the largest tile that does not spill."""
+
+    LIGHT = "one exponential, sums of rows and columns"
+    FULL = "weights to store, vector references or ids"
+    DOUBLE = "two products at once"
+
+
+# What each compiles to: benchmarks/results/compile_table.md.
+BF16 = {Work.LIGHT: Config(), Work.FULL: Config(block_n=128), Work.DOUBLE: Config(block_n=64, wave_rows=4096)}
 FP32 = Config(block_m=64, block_n=64, block_k=32, warps=4, stages=2, wave_columns=32768)
 INTERPRETED = Config(block_m=32, block_n=64, block_k=32, wave_rows=96, wave_columns=128, splits=2)  # several of each
 
 
-def choose_config(x: Tensor) -> Config:
+def choose_config(x: Tensor, work: Work) -> Config:
+    """Tile sizes for embeddings like x."""
     if x.device.type == "cpu":
         return INTERPRETED
-    if x.dtype == torch.float32:
-        return FP32
-    if torch.cuda.get_device_capability(x.device)[0] < 9:
-        return BF16_SMALL_SHARED
-    return BF16
+    return FP32 if x.dtype == torch.float32 else config_for(torch.cuda.get_device_capability(x.device)[0], work)
+
+
+def config_for(capability: int, work: Work) -> Config:
+    """bfloat16 tiles by compute capability: before 9.0 a block has 164 KB of shared memory and no 128 x 256 tile."""
+    return BF16[Work.FULL if work is Work.LIGHT and capability < 9 else work]
+
+
+def stored_dtype(x: Tensor, dtype: torch.dtype, *, has_ids: bool = False) -> torch.dtype:
+    """How a block of gradient weights for embeddings like x is kept: float16 for bfloat16 ones, else `dtype`.
+
+    float16 has the tensor cores' speed and 3 more bits than bfloat16; times 2^12, weights (at most 4, near 1/N when
+    diffuse) fit its range for any N. Multi-positive weights are kept in `dtype`: positives would carry the rounding.
+    """
+    return torch.float16 if x.dtype == torch.bfloat16 and not has_ids else dtype
+
+
+class Centred:
+    """Embeddings as the right factor of G products: with float16 weights, apart from their mean and of length <= 1.
+
+    Gradient weights sum to nearly nothing over a row, so what embeddings share (most of a vector on a cone) cancels;
+    rounded weights would leave their rounding there. The mean's part takes the float32 sums of the weights instead.
+    """
+
+    def __init__(self, emb: Tensor, dtype: torch.dtype, stored: torch.dtype):
+        self.narrow = stored == torch.float16
+        self.emb = emb.to(dtype)
+        if self.narrow:
+            self.mean = self.emb.mean(0)
+            apart = self.emb - self.mean
+            self.reach = apart.abs().amax().clamp_min(torch.finfo(dtype).tiny)
+            self.emb = (apart / self.reach).to(stored)
+
+    def weighted(self, g: Tensor, rows: slice, totals: Tensor) -> Tensor:
+        """g @ emb[rows], accumulated in float32; totals are g's row sums before it was stored."""
+        if not self.narrow:
+            return g @ self.emb[rows]
+        if g.device.type == "cuda":
+            product = torch.mm(g, self.emb[rows], out_dtype=torch.float32)
+        else:
+            product = g.float() @ self.emb[rows].float()
+        return (product * (self.reach / STORED_SCALE.value)).addcmul_(totals[:, None], self.mean)
+
+
+@triton.jit
+def store_weights(pointer, g, row_offset, column_offset, stride, mask):
+    """Store a tile of gradient weights; 32-bit offsets reach over any wave (at most 2^29 elements)."""
+    place = pointer + row_offset[:, None] * stride + column_offset[None, :]
+    if pointer.dtype.element_ty == tl.float16:
+        g = g * STORED_SCALE
+    tl.store(place, g.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def product_tile(
     a_ptr,
     b_ptr,
-    rows,
-    columns,
+    first_row,
+    first_column,
     row_end,
     column_end,
     D,
@@ -70,12 +126,16 @@ def product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a[rows] b[columns]^T in float32; rows and columns past the end, and features past D, are read as 0."""
+    """a[first_row:] b[first_column:]^T of one tile in float32; rows past the ends and features past D are read as 0.
+
+    The tile's base is 64-bit, offsets inside it 32-bit: 64-bit tensors of pointers would double their registers.
+    """
     k = tl.arange(0, BLOCK_K)
-    a = a_ptr + rows.to(tl.int64)[:, None] * stride_a + k[None, :]
-    b = b_ptr + columns.to(tl.int64)[None, :] * stride_b + k[:, None]
-    row_mask = (rows < row_end)[:, None]
-    column_mask = (columns < column_end)[None, :]
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    a = a_ptr + tl.cast(first_row, tl.int64) * stride_a + (row[:, None] * stride_a + k[None, :])
+    b = b_ptr + tl.cast(first_column, tl.int64) * stride_b + (column[None, :] * stride_b + k[:, None])
+    row_mask = (row < row_end - first_row)[:, None]
+    column_mask = (column < column_end - first_column)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         left = tl.load(a + start, mask=row_mask & (k < D - start)[None, :], other=0.0)

@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which DeepSpeed does too
+
 from vlscale.data.synth import make_corpus, synth_config
+from vlscale.logging import get_logger
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +46,12 @@ TINY = {
     "train": {"global_batch_size": 32, "max_steps": 6, "checkpoint_every": 2},
     "engine": {"threads": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_pytest(monkeypatch) -> None:
+    """`caplog` sees vlscale's lines, also after a command in this process has set up its own logging."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -6,37 +6,25 @@ import subprocess
 import sys
 from os import close, read
 
-import pytest
-
-from vlscale.logging import get_logger
 from vlscale.progress import Progress
 
 
-@pytest.fixture
-def lines(monkeypatch):
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = get_logger()
-    logger.addHandler(handler)
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    yield said
-    logger.removeHandler(handler)
-
-
-def test_lines_come_every_so_often_and_at_the_end(lines):
+def test_lines_come_every_so_often_and_at_the_end(caplog):
+    caplog.set_level(logging.INFO, logger="vlscale")
     with Progress("run", 7, "pairs", done=2, lines_every=3) as progress:
         for _ in range(5):
             progress.advance(units=32, note="loss 1.0")
+    lines = caplog.messages
     assert [line.split("  ")[1] for line in lines] == ["3/7", "6/7", "7/7"]
     assert all("loss 1.0" in line and "pairs/s" in line for line in lines)
     assert lines[-1].endswith("0:00 left")
 
 
-def test_nothing_is_said_when_not_shown(lines):
+def test_nothing_is_said_when_not_shown(caplog):
+    caplog.set_level(logging.INFO, logger="vlscale")
     with Progress("run", 2, "pairs", shown=False, lines_every=1) as progress:
         progress.advance(2)
-    assert lines == []
+    assert caplog.messages == []
 
 
 def test_a_terminal_gets_a_bar():

@@ -88,7 +88,6 @@ def test_missing_pictures_are_named_each_and_counted(tmp_path, pictures, make_co
         for name, text in [("0.jpg", "x"), ("gone.jpg", "y"), ("lost.jpg", "z"), ("1.jpg", " ")]
     ]
     with caplog.at_level(logging.WARNING, logger="vlscale"):
-        logging.getLogger("vlscale").propagate = True
         count = write_items({"val": list_items(save(tmp_path, entries))}, pictures, tmp_path / "out", progress=False)
     assert count.missing == ["gone.jpg", "lost.jpg"] and count.captionless == 1 and count.samples == {"val": 1}
     assert [message.split(":")[0] for message in caplog.messages] == [

@@ -16,13 +16,18 @@ class Case:
     inputs: dict[str, Tensor]
     loss: object
 
+    def leaves(self, impl: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Fresh inputs cast to `dtype` (None: as they are), on the GPU for `triton` where there is one."""
+        device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+        return {k: v.to(device, dtype or v.dtype, copy=True).requires_grad_() for k, v in self.inputs.items()}
+
     def run(self, impl: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The loss and every gradient, float64, for inputs cast to `dtype` (None: as they are)."""
-        leaves = {k: (v if dtype is None else v.to(dtype)).clone().requires_grad_() for k, v in self.inputs.items()}
+        """The loss and every gradient, float64 on the CPU, of `leaves`."""
+        leaves = self.leaves(impl, dtype)
         loss = self.loss(leaves, impl)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         found = dict(zip(leaves, grads, strict=True))
-        return {"loss": loss.detach().double()} | {k: g.double() for k, g in found.items() if g is not None}
+        return {"loss": loss.detach().cpu().double()} | {k: g.cpu().double() for k, g in found.items() if g is not None}
 
 
 def embeddings(regime: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -39,16 +44,22 @@ def embeddings(regime: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tens
     return F.normalize(x, dim=1), F.normalize(y, dim=1)
 
 
+def on(like: Tensor, pair_id: Tensor | None) -> Tensor | None:
+    return None if pair_id is None else pair_id.to(like.device)
+
+
 def contrastive_case(x: Tensor, y: Tensor, scale: float, pair_id: Tensor | None = None) -> Case:
     inputs = {"x": x, "y": y, "scale": torch.tensor(scale, dtype=torch.float64)}
-    return Case(inputs, lambda v, impl: contrastive_loss(v["x"], v["y"], v["scale"], pair_id=pair_id, impl=impl))
+    return Case(
+        inputs, lambda v, impl: contrastive_loss(v["x"], v["y"], v["scale"], pair_id=on(v["x"], pair_id), impl=impl)
+    )
 
 
 def sigmoid_case(x: Tensor, y: Tensor, scale: float, pair_id: Tensor | None = None, bias: float = -10.0) -> Case:
     inputs = {"x": x, "y": y} | {k: torch.tensor(v, dtype=torch.float64) for k, v in (("scale", scale), ("bias", bias))}
 
     def loss(v, impl):
-        return sigmoid_loss(v["x"], v["y"], v["scale"], v["bias"], pair_id=pair_id, impl=impl)
+        return sigmoid_loss(v["x"], v["y"], v["scale"], v["bias"], pair_id=on(v["x"], pair_id), impl=impl)
 
     return Case(inputs, loss)
 

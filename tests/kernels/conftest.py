@@ -1,12 +1,6 @@
-"""Fixtures of the kernel tests. Without a GPU the Triton kernels run in Triton's interpreter, chosen at its import."""
-
-import os
+"""Fixtures of the kernel tests."""
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

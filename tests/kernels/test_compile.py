@@ -68,7 +68,7 @@ OPS = {
     ),
     "relation_match_forward": lambda: (
         relation_match.forward_op,
-        (leaf(X), leaf([9.0]), Y, torch.ones(1), [8], "mae", True, False),
+        (leaf(X), leaf([9.0]), Y, torch.ones(1), [8], "mae", True, False, "chunked"),
     ),
 }
 

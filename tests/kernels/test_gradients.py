@@ -34,13 +34,14 @@ def test_contrastive_twice_with_the_fallback(small_tiles):
 
 
 def second_order(case: k.Case, impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    leaves = [value.to(dtype).clone().requires_grad_() for value in case.inputs.values()]
-    loss = case.loss(dict(zip(case.inputs, leaves, strict=True)), impl)
+    named = case.leaves(impl, dtype)
+    leaves = list(named.values())
+    loss = case.loss(named, impl)
     grads = torch.autograd.grad(loss, leaves, create_graph=True)
     generator = torch.Generator().manual_seed(5)
-    cotangents = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(dtype) for g in grads]
+    cotangents = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in grads]
     along = sum((g * c).sum() for g, c in zip(grads, cotangents, strict=True))
-    return [g.double() for g in torch.autograd.grad(along, leaves)]
+    return [g.cpu().double() for g in torch.autograd.grad(along, leaves)]
 
 
 @pytest.mark.parametrize("regime", ["random", "cone", "converged"])

@@ -12,6 +12,7 @@ from tests.kernels.test_gradients import second_order
 
 pytest.importorskip("triton")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 16, 14.3), (63, 100, 100.0), (129, 64, 14.3), (260, 40, 100.0)]
 
 
@@ -94,12 +95,29 @@ def test_relation_kl_fallback(scope):
         assert k.relative(got[name], truth[name]) <= max(2 * k.relative(dense[name], truth[name]), 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [3, 130])
+def test_relation_mae(n, dtype):
+    """A rounding that flips a sign is an error of any method: hence the floor."""
+    x, z = k.embeddings("random", n, 24)
+    other = k.embeddings("cone", n, 40)[0]
+    k.check_budget(k.match_case(x, [z, other], [0.7, -0.4], 0.2, "mae"), "triton", dtype, floor=1e-3)
+
+
+def test_relation_mae_without_gradients():
+    from vlscale.kernels import relation_match_loss
+
+    x, z = (v.float().to(DEVICE) for v in k.embeddings("random", 130, 24))
+    values = [relation_match_loss(x, [z], [1.0], temperature=0.1, impl=impl) for impl in ("triton", "chunked")]
+    torch.testing.assert_close(*values)
+
+
 def test_columns_beyond_the_end_are_never_used():
     """Embeddings that are views into NaN-filled storage: what a mask misses would show."""
     from vlscale.kernels import contrastive_loss
 
-    room = torch.full((80, 24), torch.nan)
-    room[:70, :20] = k.embeddings("random", 70, 20)[0].float()
+    room = torch.full((80, 24), torch.nan, device=DEVICE)
+    room[:70, :20] = k.embeddings("random", 70, 20)[0]
     x = room[:70, :20]
     poisoned, clean = (contrastive_loss(v, v.flip(0), 10.0, impl="triton") for v in (x, x.contiguous()))
     assert torch.equal(poisoned, clean)

@@ -6,7 +6,7 @@ import time
 
 import typer
 
-from vlscale.cli import data, demo, evaluate, report, train
+from vlscale.cli import data, demo, embed, evaluate, export, report, search, train
 from vlscale.logging import setup_logging
 
 OTHERS_WAIT = 10.0  # seconds
@@ -22,6 +22,9 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("embed")(embed.embed)
+app.command("search")(search.search)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 

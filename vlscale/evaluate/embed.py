@@ -69,7 +69,7 @@ def embed_corpus(
     if progress is not None:
         progress.expect(manifest.num_samples // ranks.size)
     for batch in _in_step(samples, batch_size, ranks):
-        parts.append(_embed(encoder, batch, preprocess, ranks.device))
+        parts.append(embed_batch(encoder, batch, preprocess, ranks.device))
         if progress is not None:
             progress.advance(len(batch))
     keys, captions, meta, counts, image_emb, text_emb = (
@@ -98,7 +98,7 @@ def _in_step(samples: Iterator[Sample], batch_size: int, ranks: Ranks) -> Iterat
         yield batch
 
 
-def _embed(encoder: Encoder, batch: list[Sample], preprocess: Preprocess, device: torch.device):
+def embed_batch(encoder: Encoder, batch: list[Sample], preprocess: Preprocess, device: torch.device):
     """Keys, captions, json, captions a sample, and the embeddings of images and captions as lists of rows."""
     read, images = [], []
     for sample in batch:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from vlscale.config import Config, DataConfig, validate
 from vlscale.data.images import ImageSpec
@@ -14,6 +15,8 @@ from vlscale.evaluate.protocols import evaluate_corpus
 from vlscale.evaluate.result import EvalResult
 from vlscale.models.hf_folder import load_encoder, quiet
 from vlscale.progress import Progress
+
+MOST_TOKENS = 4096  # transformers says 1e30 for tokenizers that know no bound
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,20 @@ class EvalRequest:
 
 def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tuple[EmbeddedCorpus, EvalResult]:
     """Embed every sample that can be read and measure retrieval on them."""
-    config = run_config(request.model) or Config()
+    run = run_config(request.model)
+    config = run or Config()
     data = config.data
     if request.caption_key is not None:
         data = DataConfig.model_validate(data.model_dump() | {"caption_key": request.caption_key})
     quiet()
     encoder, tokenizer, processor = load_encoder(request.model)
+    max_length = run.model.text.max_length if run else longest_text(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus = embed_corpus(
         encoder.to(device),
         request.data,
         data,
-        Preprocess(ImageSpec.from_processor(processor), tokenizer, config.model.text.max_length),
+        Preprocess(ImageSpec.from_processor(processor), tokenizer, max_length),
         batch_size=request.batch_size,
         ranks=Ranks(device=device),
         progress=progress,
@@ -54,6 +59,12 @@ def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tu
         cache=request.cache,
     )
     return corpus, result
+
+
+def longest_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that an exported folder's tokenizer cuts at; the default where it knows no bound."""
+    known = tokenizer.model_max_length
+    return known if known <= MOST_TOKENS else Config().model.text.max_length
 
 
 def run_config(model: str) -> Config | None:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 Modality = Literal["vision", "text"]
 
@@ -41,7 +49,10 @@ def load_tower(modality: Modality, source: str, dropout: float | None = None) ->
     part = getattr(config, f"{modality}_config", None)
     for each in filter(None, (config, part)):
         set_dropout(each, dropout)
-    model = AutoModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
+    try:
+        model = AutoModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model {source}: its weights could not be loaded: {one_line(error)}") from None
     return model if part is None else getattr(model, f"{modality}_model")
 
 
@@ -92,6 +103,17 @@ def image_size(tower: PreTrainedModel) -> int:
     return int(sides.pop())
 
 
+def check_room(text: PreTrainedModel, max_length: int) -> None:
+    """Captions of `max_length` tokens must have positions; RoBERTa's begin behind the padding id."""
+    first = text.config.pad_token_id + 1 if hasattr(getattr(text, "embeddings", None), "padding_idx") else 0
+    room = getattr(text.config, "max_position_embeddings", max_length + first) - first
+    if max_length > room:
+        raise ValueError(
+            f"model.text.max_length={max_length}: {text.config.model_type} has positions for {room} tokens; "
+            f"set model.text.max_length={room} or less"
+        )
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -111,7 +133,15 @@ def _from_scratch(key: str, modality: Modality, config: dict[str, Any], dropout:
 
 @torch.no_grad()
 def _check_pooling(key: str, modality: Modality, tower: PreTrainedModel) -> None:
-    """One tiny forward: a tower without a (B, hidden_size) pooler_output cannot be exported, so it is refused."""
+    """One tiny forward: a tower without a (B, hidden_size) pooler_output cannot be exported, so it is refused. So are
+    those that `AutoModel` does not build from their config (SigLIP's text tower): no folder with them could be loaded.
+    """
+    known, has = tower.config.model_type, {"vision": "image_size", "text": "vocab_size"}[modality]
+    if not hasattr(tower.config, has) or type(tower.config) not in MODEL_MAPPING:
+        why = "transformers' AutoModel does not build it" if hasattr(tower.config, has) else f"it has no {has}"
+        raise ValueError(
+            f"{key}: {known} cannot be a {modality} tower: {why}; known to work: {', '.join(WORKING[modality])}"
+        )
     training = tower.training
     tower.eval()
     if modality == "vision":

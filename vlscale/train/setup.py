@@ -19,7 +19,7 @@ from vlscale.logging import get_logger
 from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_folder
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
 from vlscale.models.teachers import Teachers, build_teachers
-from vlscale.models.towers import fit_to_tokenizer, image_size
+from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
 from vlscale.train.inputs import Inputs
 
 TOKENIZER = "tokenizer"  # folder in a run
@@ -98,12 +98,14 @@ def check_same_data(manifest_hash: str, ranks: Ranks) -> None:
 def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     """The same on every rank: weights are drawn from `train.seed`."""
     tokenizer = build_tokenizer(config, folder, ranks)
+    tokenizer.model_max_length = config.model.text.max_length  # so that `final/` cuts where training did
     if config.model.text.config is not None:
         text = config.model.text
         fitted = text.model_copy(update={"config": fit_to_tokenizer(text.config, tokenizer, text.max_length)})
         config = config.model_copy(update={"model": config.model.model_copy(update={"text": fitted})})
     torch.manual_seed(config.train.seed)
     model = build_dual_encoder(config.model, sigmoid=config.objective.loss == "sigmoid")
+    check_room(model.text_model, config.model.text.max_length)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
     teachers = build_teachers(config.teacher, model)

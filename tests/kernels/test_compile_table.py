@@ -1,0 +1,70 @@
+"""The Triton kernels compile without a GPU, and the committed table is what they compile to."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "benchmarks" / "results" / "compile_table.csv"
+HOT = ("statistics_kernel", "weights_kernel", "relation_statistics_kernel", "relation_weights_kernel")
+KEYS = ("kernel", "variant", "dtype", "arch", "tile", "warps")
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
+# One of each family and each architecture; the whole table is `python benchmarks/kernels_compile.py --write`.
+CHOSEN = [
+    ("statistics_kernel", "shared", "bf16", "sm_90"),
+    ("sigmoid_kernel", "", "bf16", "sm_80"),
+    ("relation_statistics_kernel", "1 teacher, shared", "bf16", "sm_100"),
+]
+CODE = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import kernels_compile as table
+found = list(table.builds([80, 90, 100]))
+chosen = [tuple(entry) for entry in json.loads(sys.argv[1])]
+rows = [table.measure(b) for b in found if b.name in chosen]
+print(json.dumps({"all": [b.name for b in found], "rows": rows}))
+"""
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[dict]:
+    with TABLE.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_row_is_sound(committed):
+    for row in committed:
+        assert int(row["shared_bytes"]) <= SHARED_LIMIT[row["arch"]], row
+        assert int(row["registers"]) <= 255, row
+        if row["dtype"] == "bf16":
+            assert int(row["mma"]) > 0, f"no tensor-core instruction: {row}"
+
+
+def test_the_kernels_that_carry_a_step_do_not_spill_on_hopper(committed):
+    for row in committed:
+        hot = row["kernel"] in HOT
+        plain = row["variant"] in ("shared", "1 teacher, shared")
+        if row["arch"] == "sm_90" and row["dtype"] == "bf16" and hot and plain:
+            assert int(row["spill_bytes"]) == 0, row
+
+
+def test_table_lists_every_configuration_and_what_is_compiled_agrees(committed):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CODE, json.dumps(CHOSEN)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    listed = {tuple(row[key] for key in KEYS[:4]): row for row in committed}
+    assert set(listed) == {tuple(name) for name in found["all"]}
+    assert len(found["rows"]) == len(CHOSEN)
+    if triton.__version__ not in (TABLE.with_suffix(".md")).read_text():
+        pytest.skip(f"the table was made by another triton than {triton.__version__}")
+    for row in found["rows"]:
+        expected = listed[tuple(row[key] for key in KEYS[:4])]
+        assert {key: str(value) for key, value in row.items()} == expected

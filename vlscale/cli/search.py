@@ -1,0 +1,48 @@
+"""`vlscale search`: ask an index by text or picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def search(
+    model: Annotated[str, typer.Argument(help="The model that made the index.")],
+    query: Annotated[str, typer.Argument(help="A text, or the path of a picture.")],
+    index: Annotated[Path, typer.Option(help="What `vlscale embed` wrote.")],
+    k: Annotated[int, typer.Option(help="How many results.")] = 10,
+    of: Annotated[str, typer.Option(help="images, texts or both.")] = "images",
+    html: Annotated[Path | None, typer.Option(help="Also write a gallery to this file.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Shards with its pictures; the index's own by default.")
+    ] = None,
+) -> None:
+    """The nearest pictures or captions, exactly, best first."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlscale.config import DataConfig
+    from vlscale.export import search as searching
+    from vlscale.export.gallery import find_pictures, write_gallery
+    from vlscale.export.index_file import read_index
+    from vlscale.export.loaded import load_model
+
+    if of not in list(searching.Of):
+        raise ValueError(f"--of {of}: expected {', '.join(searching.Of)}")
+    asked = searching.read_query(query)
+    found = read_index(index)
+    loaded = load_model(model)
+    searching.check_model(loaded, found, index)
+    hits = searching.search(loaded, found, asked, k=k, of=searching.Of(of))
+    table = Table("", "score", "of", "key", "caption")
+    for place, hit in enumerate(hits, start=1):
+        words = [f"{hit.score:.4f}", "picture" if hit.is_picture else "caption", hit.key, hit.caption]
+        table.add_row(str(place), *(Text("".join(c if c.isprintable() else " " for c in word)) for word in words))
+    Console(width=None if Console().is_terminal else 120).print(table)
+    if html is not None:
+        header = found.header
+        shards = DataConfig(caption_key=header.caption_key, image_keys=header.image_keys)
+        pictures = find_pictures(data or header.data, shards, {hit.key for hit in hits})
+        write_gallery(html, asked, hits, pictures, Path(model).name, index.name)
+        print(f"gallery: {html.resolve()}")
