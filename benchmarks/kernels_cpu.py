@@ -1,12 +1,12 @@
 """Time and peak memory of the chunked losses against dense torch, on this CPU.
 
-    python benchmarks/kernels_cpu.py [--pairs 16384] [--width 256] [--repeats 5] [--threads 2] [--queries 1000 ...]
+    python benchmarks/kernels_cpu.py [--pairs 16384] [--width 256] [--repeats 5] [--threads 2] [--families contrastive]
 
 Each pair of variants runs alternately in one process (median of the repeats, forward + backward); memory is the growth
 of the peak resident set of a fresh process that runs one variant once, less its gradients. Dense contrastive is
 open_clip's ClipLoss on one rank: two products, two cross-entropies. A third comparison is topk_neighbors against
 faiss-cpu's flat index where that is installed, else against the bare product it is made of. Writes
-benchmarks/results/kernels_cpu-DATE.json and .md.
+benchmarks/results/DATE-kernels-cpu-FAMILIES.json and .md.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def chunked_relation_kl(x: Tensor, z: Tensor, _: Tensor) -> Tensor:
     return relation_kl_loss(x, z, student_temperature=TEMPERATURE, teacher_temperature=TEMPERATURE, impl="chunked")
 
 
+FAMILIES = ["contrastive", "relation_kl", "neighbours"]
 VARIANTS: dict[str, tuple[Callable, bool]] = {  # the loss, and whether its second embedding is trained
     "contrastive dense": (dense_contrastive, True),
     "contrastive chunked": (lambda x, y, s: contrastive_loss(x, y, s, impl="chunked"), True),
@@ -125,12 +126,14 @@ def neighbour_calls(queries: int, gallery: int, width: int) -> dict[str, Callabl
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
     rows = []
-    for family in ("contrastive", "relation_kl"):
+    for family in (name for name in arguments.families if name != "neighbours"):
         names = [f"{family} dense", f"{family} chunked"]
         inputs = problem(arguments.pairs, arguments.width, VARIANTS[names[0]][1])
         times = compare({name: partial(step, name, inputs) for name in names}, arguments.repeats)
         shape = f"N={arguments.pairs}, D={arguments.width}"
         rows += summary(times, shape, {name: extra_memory_elsewhere(name, arguments) for name in names})
+    if "neighbours" not in arguments.families:
+        return rows
     calls = neighbour_calls(arguments.queries, arguments.gallery, arguments.width)
     shape = f"Q={arguments.queries}, G={arguments.gallery}, D={arguments.width}"
     return rows + summary(compare(calls, arguments.repeats), shape, {})
@@ -173,7 +176,7 @@ def write(rows: list[dict], arguments: argparse.Namespace) -> str:
     text += (
         "\nForward + backward, float32; the ratio is to the variant above it, memory beyond inputs and gradients.\n\n"
     )
-    stem = ROOT / "benchmarks" / "results" / f"kernels_cpu-{about['date']}"
+    stem = ROOT / "benchmarks" / "results" / "-".join([about["date"], "kernels-cpu", *arguments.families])
     stem.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + table(rows))
     return text + table(rows)
@@ -183,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("pairs", 16384), ("width", 256), ("repeats", 5), ("threads", torch.get_num_threads())):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--gallery", type=int, default=200_000)
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
