@@ -111,7 +111,7 @@ def test_embeddings_have_length_one_and_bf16_towers_give_bf16():
 
 def test_a_frozen_copy_stays_while_the_student_learns():
     student = build_dual_encoder(model_config())
-    teachers = build_teachers(TeacherConfig(source="frozen_copy"), student)
+    teachers = build_teachers(TeacherConfig(source="frozen_copy"), student, projected=True)
     before = teachers.image(pixel_values=PIXELS)
     assert torch.equal(before, student.encode_image(PIXELS).detach()) and not before.requires_grad
     with torch.no_grad():
@@ -120,12 +120,20 @@ def test_a_frozen_copy_stays_while_the_student_learns():
     assert torch.equal(teachers.image(pixel_values=PIXELS), before)
 
 
+def test_a_frozen_copy_leaves_out_projections_that_are_still_random():
+    student = build_dual_encoder(model_config())
+    teachers = build_teachers(TeacherConfig(source="frozen_copy"), student, projected=False)
+    assert teachers.image(pixel_values=PIXELS).shape == (3, 32) and student.encode_image(PIXELS).shape == (3, 16)
+
+
 def test_teachers_come_from_dual_encoders_and_from_single_models(saved, tmp_path):
     encoder, folder = saved
     build_dual_encoder(model_config()).vision_model.save_pretrained(tmp_path / "vit")
-    teachers = build_teachers(TeacherConfig(source="hf", image=str(tmp_path / "vit"), text=str(folder)), encoder)
+    teachers = build_teachers(
+        TeacherConfig(source="hf", image=str(tmp_path / "vit"), text=str(folder)), encoder, projected=True
+    )
     assert teachers.image(pixel_values=PIXELS).shape == (3, 32)
     with torch.no_grad():
         assert torch.equal(teachers.text(input_ids=IDS, attention_mask=MASK), encoder.encode_text(IDS, MASK))
     with pytest.raises(ValueError, match="does not exist"):
-        build_teachers(TeacherConfig(source="hf", image="./nowhere", text=str(folder)), encoder)
+        build_teachers(TeacherConfig(source="hf", image="./nowhere", text=str(folder)), encoder, projected=True)

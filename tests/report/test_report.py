@@ -179,6 +179,16 @@ def test_of_several_runs_the_last_two_are_compared(runs, tmp_path):
     assert page.text.count("an earlier run") > 3  # in the list, the legend and the tables
 
 
+def test_a_run_before_them_stands_in_front_and_chooses_no_queries(runs):
+    first = dataclasses.replace(runs[0], name="start")
+    with_start = galleries([first, *runs], before="start")
+    for plain, gallery in zip(galleries(runs), with_start, strict=True):
+        assert gallery.summary == plain.summary
+        for question, asked in zip(gallery.questions, plain.questions, strict=True):
+            assert [answer.name for answer in question.answers] == ["start", *(a.name for a in asked.answers)]
+            assert question.query == asked.query and question.answers[0].results == question.answers[1].results
+
+
 def test_a_pairs_result_shows_the_cross_modal_galleries_only(runs, tmp_path):
     plain = [dataclasses.replace(run, result=evaluate_corpus(run.corpus, "pairs", bootstrap=20)) for run in runs]
     page = Page(write_report(tmp_path / "pairs.html", plain).read_text())

@@ -58,7 +58,7 @@ def demo(
     say("4/4  writing the report")
     results = {report.name: report.result for report in reports}
     (folder / "results.json").write_text(json.dumps({name: r.to_dict() for name, r in results.items()}, indent=1))
-    page = write_report(folder / "report.html", reports, title="vlscale demo")
+    page = write_report(folder / "report.html", reports, title="vlscale demo", before=SHOWN["pretrain"])
     Console(width=None if Console().is_terminal else 100).print(render(results))
     print(f"report: {page.resolve()}")
     print(f"models: {(folder / 'runs').resolve()}/{{{','.join(SHOWN)}}}/final")

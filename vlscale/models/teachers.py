@@ -48,15 +48,18 @@ class Teachers:
     text: Teacher
 
 
-def build_teachers(config: TeacherConfig, student: DualEncoder) -> Teachers | None:
-    """The teachers of a run; `frozen_copy` copies the student as it is now, so call it before any training step."""
+def build_teachers(config: TeacherConfig, student: DualEncoder, *, projected: bool) -> Teachers | None:
+    """The teachers of a run; `frozen_copy` copies the student as it is now, so call it before any training step.
+
+    `projected`: whether the student's projections have been trained; a copy leaves out those that are still random.
+    """
     if config.source == "none":
         return None
     if config.source == "frozen_copy":
         copied = copy.deepcopy(student)
+        heads = (copied.visual_projection, copied.text_projection) if projected else (nn.Identity(), nn.Identity())
         return Teachers(
-            Teacher(copied.vision_model, copied.visual_projection, source=None),
-            Teacher(copied.text_model, copied.text_projection, source=None),
+            Teacher(copied.vision_model, heads[0], source=None), Teacher(copied.text_model, heads[1], source=None)
         )
     return Teachers(_load("vision", config.image), _load("text", config.text))
 

@@ -91,8 +91,11 @@ class Judge:
     own: Own
 
 
-def galleries(runs: list[RunReport]) -> list[Gallery]:
-    """Of the last two runs, or the only one: every task that the protocol has a truth for."""
+def galleries(runs: list[RunReport], before: str | None = None) -> list[Gallery]:
+    """Of the last two runs, or the only one: every task that the protocol has a truth for.
+
+    `before` names an earlier run whose answers stand in front of theirs; it has no part in choosing the queries.
+    """
     corpus, result = runs[0].corpus, runs[0].result
     inside = relevance_of(corpus, result)
     belonging = relevances.pairs(len(corpus.keys), corpus.text_image)
@@ -109,19 +112,19 @@ def galleries(runs: list[RunReport]) -> list[Gallery]:
         judges |= {task: Judge(rule, inside, False, shade, others) for task in ("i2i", "i2it", "t2it")}
         judges["t2t"] = Judge(rule, inside, False, shade, Own.OTHERS)
     shown: dict[str, str | None] = {}
-    compared = dict(list(enumerate(runs))[-2:])
+    compared = {place: run for place, run in enumerate(runs) if place >= len(runs) - 2 or run.name == before}
     return [_gallery(task, judges[task], compared, shown) for task in TITLES if task in judges]
 
 
 def _gallery(task: str, judge: Judge, compared: dict[int, RunReport], shown: dict[str, str | None]) -> Gallery:
-    """`compared`: one or two runs by their place in the report."""
+    """`compared`: runs by their place in the report, of which the last two choose the queries."""
     runs = list(compared.values())
     corpus = runs[0].corpus
     total = len(corpus.keys) if task.startswith("i") else len(corpus.captions)
     rows = torch.linspace(0, total - 1, min(total, EXAMINED)).round().long()
     scores = torch.stack([_scores(run.corpus, task, judge, rows) for run in runs])  # (runs, Q)
     rows, scores = rows[~scores[0].isnan()], scores[:, ~scores[0].isnan()]
-    chosen = choose(scores[0], scores[-1])
+    chosen = choose(*scores[-2:][[0, -1]])
     picked = rows[torch.tensor([place for _, place in chosen], dtype=torch.long)]
     answers = [_answers(run, task, judge, picked, shown) for run in runs]
     questions = [
@@ -162,11 +165,11 @@ def _summary(scores: Tensor, runs: list[RunReport]) -> str:
     asked = f"{scores.shape[1]:,} queries examined"
     if len(runs) == 1:
         return f"{asked}; the worst come first, then the best."
-    change = scores[-1] - scores[0]
+    change = scores[-1] - scores[-2]
     better, worse = int((change > APART).sum()), int((change < -APART).sum())
     same = scores.shape[1] - better - worse
     return (
-        f"{asked}: {better:,} better with {runs[-1].name} than with {runs[0].name}, {worse:,} worse, {same:,} alike. "
+        f"{asked}: {better:,} better with {runs[-1].name} than with {runs[-2].name}, {worse:,} worse, {same:,} alike. "
         "Below are extremes of each kind, losses first."
     )
 

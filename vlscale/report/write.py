@@ -35,12 +35,17 @@ class RunFacts:
 
 
 def write_report(
-    path: str | Path, runs: list[RunReport], title: str = "Retrieval report", teacher: EmbeddedCorpus | None = None
+    path: str | Path,
+    runs: list[RunReport],
+    title: str = "Retrieval report",
+    teacher: EmbeddedCorpus | None = None,
+    before: str | None = None,
 ) -> Path:
     """Write the runs' report to `path`: one HTML file that needs nothing else.
 
     Tables and curves show all runs; the first screen and the galleries compare the last two, before and after.
-    `teacher` holds the teachers' embeddings of the same samples, for the pictures of relation matrices.
+    The galleries also show the run named `before`, such as the model that fine-tuning started from. `teacher` holds the
+    teachers' embeddings of the same samples, for the pictures of relation matrices.
     """
     check_runs(runs, teacher)
     results = {run.name: run.result for run in runs}
@@ -62,7 +67,7 @@ def write_report(
             further_curves=further_curves,
             sections=sections(results),
             relations=relations(runs, teacher),
-            galleries=galleries(runs),
+            galleries=galleries(runs, before),
             notes=notes(results),
         )
     )

@@ -108,7 +108,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     check_room(model.text_model, config.model.text.max_length)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
-    teachers = build_teachers(config.teacher, model)
+    teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
     if teachers is not None:
         dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
         for teacher in (teachers.image, teachers.text):
