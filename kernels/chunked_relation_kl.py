@@ -24,7 +24,6 @@ from .chunked import Scratch, fixed_reference, sums_are_sound
 from .chunked_relation import Relation, RelationGradient, Sweep, Tile, set_diagonal, sweep_tiles, tile_elements
 
 SUMS = 5  # rs, rt, sum (e_s - e_t), sum e_t d, sum (e_s - e_t + e_t d)
-COEFFICIENTS = 5  # of e_s - e_t, e_s and e_t in the student's gradient; of e_t d and e_t in the teacher's
 REACH = {torch.float32: 60.0, torch.float64: 500.0}  # under the other losses': sums of N^2 terms have to stay finite
 NEAR = 0.5  # |D| under which the difference form is used
 

@@ -1,8 +1,7 @@
 """What one rank trains on in one step. B pairs of this rank, H = W the model's picture size, L tokens."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vlscale.data.lanes import StreamState
@@ -24,12 +23,3 @@ class Batch:
     epoch: float  # passes over the corpus so far
     skipped: int  # samples of this rank's lanes that failed so far
     truncated: int = 0  # captions of this batch that were longer than the model takes, and were cut
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)

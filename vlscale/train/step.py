@@ -25,7 +25,8 @@ def joint_step(
     engine.backward(loss)
     grad_norm = engine.step(lr)
     values = {"loss": loss.detach(), **parts, "logit_scale": rows.logit_scale.detach()}
-    return {name: float(value) for name, value in values.items()} | {"grad_norm": grad_norm}
+    numbers = torch.stack([value.float() for value in values.values()]).tolist()  # one wait for the device
+    return dict(zip(values, numbers, strict=True)) | {"grad_norm": grad_norm}
 
 
 def embed(engine: Engine, inputs: Inputs, batch: Batch, chunk_size: int | None) -> Embedded:
