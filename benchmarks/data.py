@@ -26,7 +26,6 @@ import simplejpeg
 import torch
 import webdataset
 
-from vlscale.config import AugmentConfig, DataConfig
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.keyed import permute
 from vlscale.data.manifest import member_keys
@@ -37,6 +36,7 @@ from vlscale.data.stream import TrainStream
 from vlscale.data.tar import index_shard
 from vlscale.data.tokens import train_tokenizer
 from vlscale.data.writer import write_shard
+from vlscale.sections import AugmentConfig, DataConfig
 
 SIZES = {"512 x 384": (384, 512), "1024 x 768": (768, 1024)}
 SPEC = ImageSpec(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), resample=3)

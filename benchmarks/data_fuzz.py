@@ -22,11 +22,11 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample, BadShard
 from vlscale.data.images import ImageSpec, decode_eval
 from vlscale.data.manifest import Manifest, build_manifest
 from vlscale.data.reader import SampleReader
+from vlscale.sections import DataConfig
 
 SAMPLES = 6  # of a shard
 SPEC = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)

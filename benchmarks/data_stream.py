@@ -17,12 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from vlscale.config import DataConfig
 from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import StreamState, merge_states
 from vlscale.data.stream import TrainStream
 from vlscale.data.synth import make_corpus, synth_config
 from vlscale.data.tokens import train_tokenizer
+from vlscale.sections import DataConfig
 
 GRID = list(itertools.product((1, 2, 4), (0, 1, 3), (1, 4)))  # ranks, workers, prefetch
 SPEC = ImageSpec(32, (0.5,) * 3, (0.5,) * 3)

@@ -6,7 +6,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from vlscale.config import Config, Protocol, dump, known_keys, load_plan, merge, parse_overrides, validate
+from vlscale.config import dump, known_keys, load_plan, merge, parse_overrides, validate
+from vlscale.sections import Config, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 

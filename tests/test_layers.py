@@ -16,7 +16,7 @@ LAYERS = [
     ["export", "report"],
     ["cli"],
 ]
-LEAVES = {"config", "logging", "progress", "resources"}  # open to all but the kernels
+LEAVES = {"config", "logging", "progress", "resources", "sections"}  # open to all but the kernels
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LONGEST = 450  # lines
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from vlscale.config import AugmentConfig, DataConfig
 from vlscale.data.images import ImageSpec
 from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream, merge_states
 from vlscale.data.synth import make_corpus, synth_config
 from vlscale.data.tokens import train_tokenizer
+from vlscale.sections import AugmentConfig, DataConfig
 
 SPEC = ImageSpec(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
-from vlscale.config import AugmentConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.images import NUM_DRAWS, ImageSpec, decode_eval, decode_train, normalise
+from vlscale.sections import AugmentConfig
 
 SPEC = ImageSpec(24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MIDDLE = np.full(NUM_DRAWS, 0.5)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlscale.config import DataConfig
+from vlscale.sections import DataConfig
 
 
 @pytest.fixture

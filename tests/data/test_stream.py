@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from vlscale.config import AugmentConfig
 from vlscale.data.keyed import hash64
 from vlscale.data.lanes import LANE_STATE, BlockTable, SourceLane, choose_lanes, merge_states
 from vlscale.data.stream import TrainStream
+from vlscale.sections import AugmentConfig
 
 
 def test_batches_have_their_shapes(run_stream):

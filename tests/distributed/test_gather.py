@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from vlscale.config import ObjectiveConfig
 from vlscale.distributed import Ranks, gather_rows
 from vlscale.objectives.total import Embedded, total_loss
+from vlscale.sections import ObjectiveConfig
 from vlscale.train.key_hash import key_hash
 
 W, B, D = 3, 4, 6

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.export.towers import TEXT, VISION
-from vlscale.config import DataConfig, ModelConfig, load_plan
+from vlscale.config import load_plan
 from vlscale.data.samples import open_corpus
 from vlscale.data.tokens import train_tokenizer
 from vlscale.models.dual_encoder import build_dual_encoder
 from vlscale.models.hf_folder import new_image_processor, save_folder
+from vlscale.sections import DataConfig, ModelConfig
 from vlscale.train.plan import train_plan
 
 CAPTIONS = ["a red disc", "two blue stars and a green disc", "stars"]

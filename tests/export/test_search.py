@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from vlscale.cli import app, main
-from vlscale.config import DataConfig
 from vlscale.data.samples import read_samples
 from vlscale.export.embed import EmbedRequest, open_job
 from vlscale.export.gallery import data_uri, find_pictures
 from vlscale.export.index_file import Index, read_index
 from vlscale.export.loaded import LoadedModel, load_model
 from vlscale.export.search import Of, Query, check_model, read_query, search
+from vlscale.sections import DataConfig
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m"
 

@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from tests.export.towers import TEXT, VISION
-from vlscale.config import ModelConfig
 from vlscale.export.folder import export_model
 from vlscale.export.loaded import load_model
 from vlscale.models.dual_encoder import build_dual_encoder
 from vlscale.models.hf_folder import new_image_processor, save_folder
 from vlscale.models.towers import build_tower, check_room
+from vlscale.sections import ModelConfig
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, VisionTextDualEncoderModel
 
-from vlscale.config import ModelConfig, TeacherConfig
 from vlscale.data.tokens import train_tokenizer
 from vlscale.models.dual_encoder import build_dual_encoder
 from vlscale.models.hf_folder import load_encoder, new_image_processor, save_folder
 from vlscale.models.teachers import build_teachers
+from vlscale.sections import ModelConfig, TeacherConfig
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 MODEL = {

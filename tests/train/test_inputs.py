@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from vlscale.config import DataConfig
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.stream import TrainStream
 from vlscale.data.tokens import tokenise, train_tokenizer
 from vlscale.models.hf_folder import new_image_processor
 from vlscale.models.teachers import Teacher, Teachers
+from vlscale.sections import DataConfig
 from vlscale.train.inputs import Inputs
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from vlscale.config import Config, OptimConfig, parse_overrides, validate
+from vlscale.config import parse_overrides, validate
 from vlscale.distributed import Ranks
+from vlscale.sections import Config, OptimConfig
 from vlscale.train.checkpoint import Layout, load_checkpoint, newest_complete, save_checkpoint
 from vlscale.train.engine import deepspeed_config
 from vlscale.train.metrics_file import MetricsFile, read_metrics

@@ -112,8 +112,8 @@ def check(
 
 def _corpus(urls: list[str], image_keys: str, caption_key: str, manifest_dir: Path | None):
     """(shards, data config) of a command's arguments."""
-    from vlscale.config import DataConfig
     from vlscale.data.urls import expand
+    from vlscale.sections import DataConfig
 
     data = DataConfig(
         image_keys=[key.strip() for key in image_keys.split(",") if key.strip()],

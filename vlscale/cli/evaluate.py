@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from vlscale.config import Protocol
+from vlscale.sections import Protocol
 
 
 def evaluate(

@@ -22,11 +22,11 @@ def search(
     from rich.table import Table
     from rich.text import Text
 
-    from vlscale.config import DataConfig
     from vlscale.export import search as searching
     from vlscale.export.gallery import find_pictures, write_gallery
     from vlscale.export.index_file import read_index
     from vlscale.export.loaded import load_model
+    from vlscale.sections import DataConfig
 
     if of not in list(searching.Of):
         raise ValueError(f"--of {of}: expected {', '.join(searching.Of)}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample, BadShard
 from vlscale.data.images import open_picture
 from vlscale.data.keyed import hash64
@@ -15,6 +14,7 @@ from vlscale.data.manifest import Manifest, shard_index
 from vlscale.data.processes import core_count, in_processes
 from vlscale.data.reader import Sample, SampleReader
 from vlscale.progress import Progress
+from vlscale.sections import DataConfig
 
 _NAMED = 200  # faults that are kept by name
 _PERCENTILES = (0, 5, 50, 95, 100)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vlscale.config import DataConfig
 from vlscale.data.check import chosen_rows
 from vlscale.data.faults import BadSample
 from vlscale.data.images import open_picture
 from vlscale.data.manifest import Manifest
 from vlscale.data.reader import SampleReader
+from vlscale.sections import DataConfig
 
 _COLUMNS = 6
 _TILE, _TEXT = 180, 64  # pixels of a picture and of the lines below it

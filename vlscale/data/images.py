@@ -15,9 +15,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlscale.config import AugmentConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.keyed import random64
+from vlscale.sections import AugmentConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

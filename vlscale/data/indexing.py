@@ -1,9 +1,9 @@
 """Indexing many shards at once, in processes. What is done stays done: a second run takes up where the first ended."""
 
-from vlscale.config import DataConfig
 from vlscale.data.manifest import Manifest, build_manifest, shard_index
 from vlscale.data.processes import core_count, in_processes
 from vlscale.progress import Progress
+from vlscale.sections import DataConfig
 
 
 def index_shards(

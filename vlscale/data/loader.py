@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.images import NUM_DRAWS, ImageSpec, decode_train
 from vlscale.data.keyed import hash64, uniforms
 from vlscale.data.lanes import LANE_STATE, BlockTable, Lane, SourceLane
 from vlscale.data.manifest import Manifest
 from vlscale.data.reader import Sample, SampleReader
+from vlscale.sections import DataConfig
 
 _MOST_FAILURES = 1000  # in a row, in one lane
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadShard, DamagedShard
 from vlscale.data.shard_index import ShardIndex, ShardSummary, load_summary
 from vlscale.data.storage import open_shard, partial_of, scheme_of, stamp
 from vlscale.data.tar import MemberKeys, index_shard
 from vlscale.logging import get_logger
+from vlscale.sections import DataConfig
 
 INDEX_FOLDER = ".vlscale-index"
 DAMAGED = "damaged"  # in place of the digest of a shard that is left out

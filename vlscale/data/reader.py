@@ -5,11 +5,11 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample, BadShard
 from vlscale.data.manifest import Manifest
 from vlscale.data.shard_index import ShardIndex
 from vlscale.data.storage import Shard, open_shard
+from vlscale.sections import DataConfig
 
 _OPEN_SHARDS = 128
 _BETWEEN = 1 << 16  # bytes: reading so many in vain costs less than another read

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.images import ImageSpec, decode_eval
 from vlscale.data.manifest import Manifest, build_manifest
 from vlscale.data.reader import Sample, SampleReader
 from vlscale.data.urls import expand
 from vlscale.logging import get_logger
+from vlscale.sections import DataConfig
 
 __all__ = ["ImageSpec", "Sample", "decode_eval", "open_corpus", "read_manifest", "read_samples"]
 

@@ -17,10 +17,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadShard
 from vlscale.data.retry import CacheFull, with_retries
 from vlscale.logging import get_logger
+from vlscale.sections import DataConfig
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "abfs", "az", "hdfs", "memory")
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlscale.config import DataConfig
 from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import LANE_STATE, StreamState, choose_lanes, merge_states
@@ -23,6 +22,7 @@ from vlscale.data.tokens import tokenise, tokenise_and_count
 from vlscale.data.urls import expand_sources
 from vlscale.data.worker import WorkerPool
 from vlscale.logging import get_logger
+from vlscale.sections import DataConfig
 
 __all__ = ["StreamState", "TrainStream", "merge_states"]
 

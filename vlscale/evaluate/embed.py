@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.images import ImageSpec, decode_eval, normalise
 from vlscale.data.samples import Sample, open_corpus, read_manifest
@@ -17,6 +16,7 @@ from vlscale.data.tokens import tokenise
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.progress import Progress
+from vlscale.sections import DataConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from vlscale.config import Config, DataConfig, validate
+from vlscale.config import validate
 from vlscale.data.images import ImageSpec
 from vlscale.distributed import Ranks
 from vlscale.evaluate.embed import EmbeddedCorpus, Preprocess, embed_corpus
@@ -15,6 +15,7 @@ from vlscale.evaluate.protocols import evaluate_corpus
 from vlscale.evaluate.result import EvalResult
 from vlscale.models.hf_folder import load_encoder, quiet
 from vlscale.progress import Progress
+from vlscale.sections import Config, DataConfig
 
 MOST_TOKENS = 4096  # transformers says 1e30 for tokenizers that know no bound
 

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 import yaml
 
 from vlscale import __version__
-from vlscale.config import Config
 from vlscale.evaluate.result import EvalResult
 from vlscale.export.loaded import LoadedModel, run_folder
+from vlscale.sections import Config
 
 TAGS = ["vision-language", "image-text-retrieval", "cross-modal-retrieval", "feature-extraction", "vlscale"]
 SHOWN = ("rsum", "/r@1", "/r@5", "/r@10", "/mean_rank", "/ndcg@10", "/ndcg@10_norm", "/map@r")  # ends of names

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlscale.config import DataConfig
 from vlscale.data.manifest import Manifest
 from vlscale.data.samples import Sample, open_corpus, read_manifest
 from vlscale.evaluate.embed import embed_batch
 from vlscale.export.index_file import Header, Rows, check_format, read_header, write_index
 from vlscale.export.loaded import LoadedModel, load_model
 from vlscale.logging import get_logger
+from vlscale.sections import DataConfig
 
 PART = 2048  # samples; about 25 MB at 1024 numbers and five captions an image
 _WAIT = 0.5  # seconds between looks for the parts of other ranks

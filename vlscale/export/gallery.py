@@ -9,12 +9,12 @@ from pathlib import Path
 from jinja2 import Environment
 from PIL import Image
 
-from vlscale.config import DataConfig
 from vlscale.data.faults import BadSample
 from vlscale.data.images import open_picture
 from vlscale.data.reader import SampleReader
 from vlscale.data.samples import open_corpus
 from vlscale.export.search import Hit, Query
+from vlscale.sections import DataConfig
 
 SIDE = 320  # pixels of the longer side
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from vlscale.config import Config
 from vlscale.data.images import ImageSpec, decode_eval, normalise
 from vlscale.data.tokens import tokenise
 from vlscale.evaluate.embed import Preprocess
 from vlscale.evaluate.run import longest_text, run_config
 from vlscale.models.dual_encoder import SCALARS, DualEncoder
 from vlscale.models.hf_folder import load_encoder, quiet
+from vlscale.sections import Config
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-from vlscale.config import ModelConfig
 from vlscale.models.chunks import in_chunks
 from vlscale.models.towers import build_tower, check_weights, one_line
+from vlscale.sections import ModelConfig
 
 SCALARS = ("logit_scale", "logit_bias")  # parameters of shape (1,) here: DeepSpeed cannot broadcast 0-d ones
 

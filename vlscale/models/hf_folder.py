@@ -17,9 +17,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from vlscale.config import ModelConfig
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder, weights_of
 from vlscale.models.towers import check_exists
+from vlscale.sections import ModelConfig
 
 
 def save_folder(

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from vlscale.config import TeacherConfig
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder, unit
 from vlscale.models.towers import Modality, check_weights, load_tower, one_line
+from vlscale.sections import TeacherConfig
 
 PROJECTIONS = {"vision": "visual_projection", "text": "text_projection"}
 

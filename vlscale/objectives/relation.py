@@ -5,10 +5,10 @@ CoVLR (arXiv 2304.07567), the intra-modal term: KL(teacher || student) between s
 
 import torch
 
-from vlscale.config import ObjectiveConfig
 from vlscale.distributed import Ranks, gather_rows
 from vlscale.kernels import relation_kl_loss
 from vlscale.objectives.contrastive import Metrics
+from vlscale.sections import ObjectiveConfig
 
 
 def relation(

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vlscale.config import ObjectiveConfig
 from vlscale.distributed import Ranks
 from vlscale.objectives.contrastive import Metrics, contrastive
 from vlscale.objectives.relation import relation
+from vlscale.sections import ObjectiveConfig
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from vlscale.config import Config
 from vlscale.data.samples import read_samples
 from vlscale.evaluate.run import EvalRequest, evaluate_model, run_config
 from vlscale.progress import Progress
 from vlscale.report.runs import RunReport, load_metrics
+from vlscale.sections import Config
 
 
 def collect_run(name: str, run: Path, data: list[str], progress: Progress | None = None) -> RunReport:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from vlscale.config import Config, EngineConfig
 from vlscale.distributed import Ranks
+from vlscale.sections import Config, EngineConfig
 from vlscale.train.optimizer import build_optimizer
 
 TAG = "engine"  # folder of DeepSpeed's files inside one of our checkpoints

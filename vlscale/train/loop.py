@@ -5,13 +5,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlscale.config import Config
 from vlscale.data.samples import open_corpus
 from vlscale.data.stream import TrainStream
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.models.hf_folder import save_folder
 from vlscale.progress import Progress
+from vlscale.sections import Config
 from vlscale.train.checkpoint import Layout, load_checkpoint, save_checkpoint
 from vlscale.train.engine import Engine
 from vlscale.train.key_hash import batch_facts

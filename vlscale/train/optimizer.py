@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vlscale.config import OptimConfig
+from vlscale.sections import OptimConfig
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from vlscale.config import STAGE_PREFIX, Config, PlannedRun
+from vlscale.config import STAGE_PREFIX, PlannedRun
 from vlscale.models.hf_folder import quiet
+from vlscale.sections import Config
 from vlscale.train.engine import start_ranks
 from vlscale.train.loop import Job, train_run
 from vlscale.train.setup import check_sizes

@@ -2,7 +2,7 @@
 
 import math
 
-from vlscale.config import OptimConfig
+from vlscale.sections import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, max_steps: int) -> float:

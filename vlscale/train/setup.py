@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from vlscale.config import Config, dump
+from vlscale.config import dump
 from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import StreamState
 from vlscale.data.samples import read_samples
@@ -20,6 +20,7 @@ from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_f
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
 from vlscale.models.teachers import Teachers, build_teachers
 from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
+from vlscale.sections import Config
 from vlscale.train.inputs import Inputs
 
 TOKENIZER = "tokenizer"  # folder in a run

@@ -2,10 +2,10 @@
 
 import torch
 
-from vlscale.config import ObjectiveConfig
 from vlscale.data.batch import Batch
 from vlscale.distributed import Ranks
 from vlscale.objectives.total import Embedded, total_loss
+from vlscale.sections import ObjectiveConfig
 from vlscale.train.engine import Engine
 from vlscale.train.inputs import Inputs
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from vlscale.config import Config
 from vlscale.distributed import Ranks
 from vlscale.evaluate.embed import Preprocess, embed_corpus
 from vlscale.evaluate.protocols import evaluate_corpus
 from vlscale.logging import get_logger
+from vlscale.sections import Config
 from vlscale.train.metrics_file import MetricsFile
 from vlscale.train.setup import Parts
 
