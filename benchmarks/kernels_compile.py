@@ -1,10 +1,10 @@
 """Compile every Triton kernel configuration for sm_80, sm_90 and sm_100 without a GPU, and read what came out.
 
-    python benchmarks/kernels_compile.py [--arch 80 90 100] [--only NAME] [--write]
+    python benchmarks/kernels_compile.py [--arch 80 90 100] [--only NAME] [--missing] [--write] [--table NAME]
 
 One line a configuration: registers and spills (ptxas), shared memory, and tensor-core instructions counted in the SASS.
-`--write` puts the rows into benchmarks/results/compile_table.csv and .md; the tests hold the code to the committed
-table. The figures are the compiler's: none of them is a time.
+`--write` puts the rows into benchmarks/results/compile_table.csv and .md (a table of another Triton goes by a name of
+its own); the tests hold the code to the committed table. The figures are the compiler's: none of them is a time.
 """
 
 import argparse
@@ -23,10 +23,19 @@ os.environ.pop("TRITON_INTERPRET", None)  # the compiler takes compiled function
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from vlscale.kernels.triton_tiles import Work, config_for  # noqa: E402
+
+from vlscale.kernels import triton_contrastive as contrastive  # noqa: E402
+from vlscale.kernels import triton_contrastive_double as double  # noqa: E402
+from vlscale.kernels import triton_relation_kl as kl  # noqa: E402
+from vlscale.kernels import triton_relation_match as match  # noqa: E402
+from vlscale.kernels import triton_retrieval as retrieval  # noqa: E402
+from vlscale.kernels import triton_sigmoid as sigmoid  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["kernel", "variant", "dtype", "arch", "tile", "warps", "registers", "spill_bytes", "shared_bytes", "mma"]
@@ -46,20 +55,25 @@ class Build:
     def name(self) -> tuple[str, str, str, str]:
         return self.kernel.__name__, self.variant, self.dtype, f"sm_{self.arch}"
 
+    @property
+    def tile(self) -> str:
+        return f"{self.config.block_m}x{self.config.block_n}x{self.config.block_k}"
+
     def signature(self) -> dict[str, str]:
-        """Types by the kernels' naming: ids and counts int64, the flag int32, embeddings `dtype`."""
+        """Types by the kernels' naming: ids, indices and keys int64, flags and counts int32, embeddings `dtype`."""
         types = {}
         for name in self.kernel.arg_names:
             if name in self.constants or name.startswith("BLOCK_"):
                 types[name] = "constexpr"
             elif not name.endswith("_ptr"):
                 types[name] = "i32"
-            elif name in ("flag_ptr", "run_ptr") or name.endswith("starts_ptr"):
+            elif name in FLAGS or name.endswith("starts_ptr") or (self.kernel.__name__, name) in COUNTS:
                 types[name] = "*i32"
-            elif name.endswith("ids_ptr") or name == "count_ptr":
+            elif name.endswith("ids_ptr") or name in INDICES or (self.kernel.__name__, name) in KEYS:
                 types[name] = "*i64"
             elif name in STORED:
-                narrow = self.dtype == "bf16" and not self.constants.get("HAS_IDS")
+                wide = self.constants.get("HAS_IDS") or self.constants.get("EUCLIDEAN")
+                narrow = self.dtype == "bf16" and not wide
                 types[name] = "*fp16" if narrow else "*fp32"
             else:
                 types[name] = f"*{self.dtype}" if name in EMBEDDINGS else "*fp32"
@@ -79,50 +93,67 @@ class Build:
         return triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
 
 
-EMBEDDINGS = {"x_ptr", "y_ptr", "z_ptr", "left_ptr", "right_ptr"}
+EMBEDDINGS = {"x_ptr", "y_ptr", "z_ptr", "xc_ptr", "zc_ptr", "query_ptr", "gallery_ptr"}
+FLAGS = {"flag_ptr", "run_ptr"}
+INDICES = {"count_ptr", "table_ptr", "exclude_ptr", "ceiling_ptr"}
+KEYS = {("neighbours_kernel", "out_ptr")}
+COUNTS = {("rank_counts_kernel", "out_ptr")}
 STORED = {"g_ptr", "h_ptr"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+NO_NORMS = dict.fromkeys(("x_norms_ptr", "xc_norms_ptr", "z_norms_ptr", "zc_norms_ptr"))
 
 
 def builds(archs: list[int]) -> Iterator[Build]:
-    from vlscale.kernels.triton_tiles import FP32, Work, config_for
-
-    from vlscale.kernels import triton_contrastive as contrastive
-    from vlscale.kernels import triton_contrastive_double as double
-    from vlscale.kernels import triton_relation_kl as kl
-    from vlscale.kernels import triton_relation_match as match
-    from vlscale.kernels import triton_sigmoid as sigmoid
-
     for arch in archs:
         for dtype in ("bf16", "fp32"):
-            light, full, double_work = (config_for(arch // 10, w) if dtype == "bf16" else FP32 for w in Work)
-            yield Build(contrastive.maxima_kernel, "", dtype, arch, light, {})
-            for shared in (True, False):
-                for ids in (False, True):
-                    variant = ("shared" if shared else "vectors") + (", ids" if ids else "")
-                    constants = {"SHARED": shared, "HAS_IDS": ids}
-                    config = light if shared and not ids else full
-                    yield Build(contrastive.statistics_kernel, variant, dtype, arch, config, constants)
-                    if not ids or dtype == "fp32":
-                        yield Build(contrastive.weights_kernel, variant, dtype, arch, full, constants)
-            for ids in (False, True) if dtype == "fp32" else (False,):
-                constants = {"HAS_IDS": ids, "GRADIENT": True}
-                yield Build(sigmoid.sigmoid_kernel, "ids" if ids else "", dtype, arch, full, constants)
-            for count in (1, 2):
-                variant = f"{count} teacher" + "s" * (count > 1)
-                constants = {"K": count, "GRADIENT": True}
-                yield Build(match.relation_mae_kernel, variant, dtype, arch, double_work, constants)
-                yield Build(kl.relation_maxima_kernel, variant, dtype, arch, double_work, {"K": count})
-                for shared in (True, False):
-                    name = f"{variant}, " + ("shared" if shared else "vectors")
-                    constants = {"K": count, "SHARED": shared}
-                    yield Build(kl.relation_statistics_kernel, name, dtype, arch, double_work, constants)
-                    for teacher in (False, True):
-                        more = {**constants, "TEACHER": teacher}
-                        label = name + (", teacher gradient" if teacher else "")
-                        yield Build(kl.relation_weights_kernel, label, dtype, arch, double_work, more)
-        yield Build(double.double_statistics_kernel, "", "fp32", arch, FP32, {})
+            for kernel, variant, work, constants in kernels(dtype):
+                yield Build(kernel, variant, dtype, arch, config_for(DTYPES[dtype], arch // 10, work), constants)
+
+
+def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
+    """(kernel, variant, the work its tiles are chosen for, compile-time constants)."""
+    yield contrastive.maxima_kernel, "", Work.LIGHT, {}
+    for shared in (True, False):
         for ids in (False, True):
-            yield Build(double.double_weights_kernel, "ids" if ids else "", "fp32", arch, FP32, {"HAS_IDS": ids})
+            variant = ("shared" if shared else "vectors") + (", ids" if ids else "")
+            constants = {"SHARED": shared, "HAS_IDS": ids}
+            work = Work.NARROW if ids else Work.LIGHT if shared else Work.FULL
+            yield contrastive.statistics_kernel, variant, work, constants
+            work = Work.FULL if shared and not ids else Work.NARROW
+            yield contrastive.weights_kernel, variant, work, constants
+    for ids in (False, True):
+        yield sigmoid.sigmoid_kernel, "ids" if ids else "", Work.FULL, {"HAS_IDS": ids, "GRADIENT": True}
+    if dtype == "fp32":
+        yield double.double_statistics_kernel, "", Work.DOUBLE, {}
+        for ids in (False, True):
+            yield double.double_weights_kernel, "ids" if ids else "", Work.DOUBLE, {"HAS_IDS": ids}
+    yield retrieval.listed_scores_kernel, "", Work.FULL, {}
+    yield retrieval.rank_counts_kernel, "", Work.FULL, {}
+    for keep, bounded in ((16, False), (64, False), (64, True)):
+        variant = f"{keep}" + (", later pass" if bounded else "")
+        yield retrieval.neighbours_kernel, variant, Work.DOUBLE, {"KEEP": keep, "BOUNDED": bounded}
+    yield from relation_kernels()
+
+
+def relation_kernels() -> Iterator[tuple[object, str, Work, dict]]:
+    for count in (1, 2):
+        teachers = f"{count} teacher" + "s" * (count > 1)
+        plain = Work.DOUBLE if count == 1 else Work.CROWDED
+        yield match.relation_mae_kernel, teachers, Work.DOUBLE, {"K": count, "GRADIENT": True}
+        for euclidean in (False, True):
+            kind = {"K": count, "EUCLIDEAN": euclidean, **({} if euclidean else NO_NORMS)}
+            name = teachers + (", euclidean" if euclidean else "")
+            yield kl.relation_maxima_kernel, name, plain, kind
+            for shared in (True, False):
+                variant = f"{name}, " + ("shared" if shared else "vectors")
+                constants = {**kind, "SHARED": shared}
+                yield kl.relation_statistics_kernel, variant, plain if shared else Work.CROWDED, constants
+                for teacher in (False, True):
+                    label = variant + (", teacher gradient" if teacher else "")
+                    work = plain if shared and not teacher else Work.CROWDED
+                    yield kl.relation_weights_kernel, label, work, {**constants, "TEACHER": teacher}
 
 
 def measure(build: Build) -> dict:
@@ -136,10 +167,9 @@ def measure(build: Build) -> dict:
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         disassembler = Path(get_ptxas(90).path).with_name("nvdisasm")
         sass = subprocess.run([str(disassembler), str(cubin)], check=True, capture_output=True, text=True).stdout
-    tile = f"{build.config.block_m}x{build.config.block_n}x{build.config.block_k}"
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     return dict(zip(COLUMNS, build.name, strict=False)) | {
-        "tile": tile,
+        "tile": build.tile,
         "warps": build.config.warps,
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spill_bytes": sum(spills),
@@ -154,26 +184,26 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def merged(rows: list[dict], names: list[tuple]) -> list[dict]:
-    """The committed table with `rows` put in: one row a configuration that exists, in their order."""
-    known = {}
-    if (table := RESULTS / "compile_table.csv").exists():
-        with table.open() as file:
-            known = {tuple(row[c] for c in COLUMNS[:4]): row for row in csv.DictReader(file)}
-    known |= {tuple(row[c] for c in COLUMNS[:4]): row for row in rows}
-    return [known[name] for name in names if name in known]
+def committed(table: str, builds: list[Build]) -> dict[tuple, dict]:
+    """The rows of a written table whose configuration exists at the same tile."""
+    if not (path := RESULTS / f"{table}.csv").exists():
+        return {}
+    tiles = {build.name: (build.tile, str(build.config.warps)) for build in builds}
+    with path.open() as file:
+        rows = {tuple(row[c] for c in COLUMNS[:4]): row for row in csv.DictReader(file)}
+    return {name: row for name, row in rows.items() if tiles.get(name) == (row["tile"], row["warps"])}
 
 
-def write(rows: list[dict]) -> None:
-    with (RESULTS / "compile_table.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
+def write(rows: list[dict], table: str, command: str) -> None:
+    with (RESULTS / f"{table}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
     head = (
         f"# What the Triton kernels compile to\n\ntriton {triton.__version__}, no GPU involved; nothing here is a time."
     )
-    text = f"{head}\n`python benchmarks/kernels_compile.py --write`\n\n{markdown(rows)}"
-    (RESULTS / "compile_table.md").write_text(text)
+    text = f"{head}\n`python benchmarks/kernels_compile.py {command}`\n\n{markdown(rows)}"
+    (RESULTS / f"{table}.md").write_text(text)
 
 
 def main() -> None:
@@ -181,15 +211,22 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--only", default="", help="part of a kernel's name")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
+    parser.add_argument("--missing", action="store_true", help="only what the committed table lacks at these tiles")
     parser.add_argument("--write", action="store_true", help="put the rows into the committed table")
+    parser.add_argument("--table", default="compile_table", help="its name")
     arguments = parser.parse_args()
     every = list(builds([80, 90, 100]))
     chosen = [b for b in every if b.arch in arguments.arch and arguments.only in b.kernel.__name__]
+    known = committed(arguments.table, every)
+    if arguments.missing:
+        chosen = [b for b in chosen if b.name not in known]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(measure, chosen))
     print(markdown(rows))
     if arguments.write:
-        write(merged(rows, [build.name for build in every]))
+        command = "--write" if arguments.table == "compile_table" else f"--write --table {arguments.table}"
+        known |= {tuple(row[c] for c in COLUMNS[:4]): row for row in rows}
+        write([known[build.name] for build in every if build.name in known], arguments.table, command)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def check_indices(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:
-    """A padded table of gallery indices, (Q, P) int64."""
+def check_indices(name: str, value: Tensor | None, rows: int, size: int, device: torch.device) -> None:
+    """A padded table of indices into a gallery of `size` rows, (Q, P) int64; values are looked at on a CPU only."""
     if value is None:
         return
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != rows:
@@ -75,6 +75,11 @@ def check_indices(name: str, value: Tensor | None, rows: int, device: torch.devi
     if value.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64, got {value.dtype}")
     check_device(name, value, device)
+    if device.type == "cpu" and value.numel():
+        least, most = (int(v) for v in value.aminmax())
+        if least < -1 or most >= size:
+            got = least if least < -1 else most
+            raise ValueError(f"{name}: expected gallery indices 0 to {size - 1}, or -1 as padding, got {got}")
 
 
 def check_pair_id(pair_id: Tensor | None, n: int, device: torch.device) -> None:

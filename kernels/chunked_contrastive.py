@@ -32,12 +32,22 @@ from .chunked import (
 
 
 class Positives:
-    """Which elements of a tile are positives, and how many each row and column has."""
+    """Which elements of a tile are positives, and how many each row and column has.
 
-    def __init__(self, row_ids: Tensor | None, col_ids: Tensor | None, offset: int):
+    `counts`, (b,) and (N,), are given where these columns are only a block of all that the positives are among.
+    """
+
+    def __init__(
+        self,
+        row_ids: Tensor | None,
+        col_ids: Tensor | None,
+        offset: int,
+        counts: tuple[Tensor, Tensor] | None = None,
+    ):
         self.row_ids, self.col_ids, self.offset = row_ids, col_ids, offset
-        self.row_count = None if row_ids is None else same_id_count(row_ids, col_ids)
-        self.col_count = None if row_ids is None else same_id_count(col_ids, col_ids)
+        if counts is None and row_ids is not None:
+            counts = same_id_count(row_ids, col_ids), same_id_count(col_ids, col_ids)
+        self.row_count, self.col_count = counts or (None, None)
 
     def mask(self, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
         return self.row_ids[slice(*i), None] == self.col_ids[None, slice(*j)]
@@ -174,7 +184,7 @@ class Weights:
             return g
         mask, count = positives.mask(i, j), positives.row_count[slice(*i), None]
         lone = -(self.row_miss[slice(*i), None] + self.col_miss[slice(*j)])
-        return torch.where(mask, torch.where(count == 1, lone, g - 2 / count), g)
+        return torch.where(mask, torch.where(count == 1, lone, g - 2 / count.to(g.dtype)), g)
 
     def tile(self, s: Tensor, i, j, spare: Tensor) -> Tensor:
         g, columns = self.probabilities(s, i, j, spare)

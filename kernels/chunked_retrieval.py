@@ -1,8 +1,8 @@
 """Retrieval by tiles: ranks of the positives and nearest neighbours in a gallery of any size.
 
-Q queries, G gallery rows, scores q.g. Every product is made at one tile shape, padded at the ends: an element's sum is
-then rounded the same way wherever it lies, so equal rows have equal scores and ties are ties. That needs tiles without
-a remainder for BLAS's inner kernels (up to 48 columns wide): at 4096 columns float64 products of equal rows differ.
+Q queries, G gallery rows, scores q.g. Every product is made at one shape, padded at the ends: an element's sum is then
+rounded the same way wherever it lies, so equal rows have equal scores and ties are ties. That needs shapes without a
+remainder for BLAS's inner kernels: at 4096 gallery rows, or for 3 queries, float64 products of equal rows differ.
 """
 
 import torch
@@ -10,58 +10,78 @@ from torch import Tensor
 
 from .chunked import spans
 
-QUERIES, GALLERY = 384, 4608
+QUERIES = 768
+BLOCK = 1536  # gallery rows of one product: 32 times 48, the widest inner kernel
+TILE = QUERIES * BLOCK  # scores that are looked at together: few queries see many products at once
+FEW = 8  # up to here the gallery is the product's left factor, half the time of reading it as the right one
 GROUP = 32  # neighbours are sought group by group; a group whose maximum is too low is never opened
+PENDING = 1 << 20  # newcomers that may wait for their order
 
 
 class Scorer:
-    """Scores of one block of queries against any gallery rows, always computed at (QUERIES, GALLERY)."""
+    """Scores of one block of queries against any gallery rows, always computed BLOCK rows at a time."""
 
     def __init__(self, query: Tensor, gallery: Tensor):
-        self.gallery = gallery
-        self.query = query.new_zeros(QUERIES, query.shape[1])
-        self.filler = gallery.new_zeros(GALLERY, gallery.shape[1])
-        self.scores = query.new_empty(QUERIES, GALLERY)
-        self.count = 0
+        rows = min(len(query), QUERIES)
+        self.few = rows <= FEW
+        padded = max(2, 1 << (rows - 1).bit_length()) if self.few else rows + -rows % 16
+        blocks = min(max(1, TILE // (padded * BLOCK)), -(-len(gallery) // BLOCK))
+        self.gallery, self.width, self.count = gallery, blocks * BLOCK, 0
+        self.query = query.new_zeros(padded, query.shape[1])
+        self.filler = gallery.new_zeros(BLOCK, gallery.shape[1])
+        self.scores = query.new_empty(padded, self.width)
 
     def load(self, query: Tensor) -> None:
         self.count = len(query)
         self.query[: self.count] = query
 
     def against(self, rows: Tensor) -> Tensor:
-        """(queries, rows) scores; at most GALLERY rows."""
-        if len(rows) < GALLERY:
-            self.filler[: len(rows)] = rows
-            block = self.filler
-        else:
-            block = rows
-        torch.mm(self.query, block.T, out=self.scores)
+        """(queries, rows) scores; at most `width` rows."""
+        for first, last in spans(0, len(rows), BLOCK):
+            block = rows[first:last]
+            if len(block) < BLOCK:
+                self.filler[: len(block)] = block
+                block = self.filler
+            out = self.scores[:, first : first + BLOCK]
+            if self.few:
+                out.copy_((block @ self.query.T).T)
+            else:
+                torch.mm(self.query, block.T, out=out)
         return self.scores[: self.count, : len(rows)]
 
 
-def _in_tile(table: Tensor, j: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def in_tile(table: Tensor, j: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(query, column) of every index of `table` (q, P) that falls into the tile's columns."""
     query, place = ((table >= j[0]) & (table < j[1])).nonzero(as_tuple=True)
     return query, table[query, place] - j[0]
 
 
-def _listed(table: Tensor, excluded: Tensor | None) -> Tensor:
-    """(q, P) bool: entries that name a row, each row once, and none that is excluded."""
-    p = torch.arange(table.shape[1], device=table.device)
-    repeated = ((table[:, :, None] == table[:, None, :]) & (p[:, None] > p)).any(2)
-    kept = (table >= 0) & ~repeated
-    if excluded is not None:
-        kept &= ~(table[:, :, None] == excluded[:, None, :]).any(2)
-    return kept
+def distinct(table: Tensor, size: int, excluded: Tensor | None = None) -> Tensor:
+    """(q, P) indices, each row's in ascending order; repeats, rows outside the gallery and excluded ones are -1."""
+    table = table.sort(1).values.contiguous()
+    dropped = (table < 0) | (table >= size)
+    dropped[:, 1:] |= table[:, 1:] == table[:, :-1]
+    if excluded is not None and excluded.shape[1]:
+        excluded = excluded.sort(1).values.contiguous()
+        place = torch.searchsorted(excluded, table).clamp_max(excluded.shape[1] - 1)
+        dropped |= excluded.gather(1, place) == table
+    return table.masked_fill(dropped, -1)
+
+
+def best_score(own: Tensor, listed: Tensor) -> Tensor:
+    """(q, 1): the highest of each query's own positives' scores (q, P), -inf where it has none."""
+    if not own.shape[1]:
+        return own.new_full((len(own), 1), -torch.inf)
+    return own.masked_fill(~listed, -torch.inf).amax(1, keepdim=True)
 
 
 def _positive_scores(scorer: Scorer, table: Tensor) -> Tensor:
     """(q, P) scores of each query's own positives; padding scores gallery row 0 and is masked by the caller."""
     wanted, place = table.clamp_min(0).unique(return_inverse=True)
     found = torch.empty(table.shape, dtype=scorer.scores.dtype, device=table.device)
-    for j in spans(0, len(wanted), GALLERY):
+    for j in spans(0, len(wanted), scorer.width):
         scores = scorer.against(scorer.gallery[wanted[slice(*j)]])
-        query, column = _in_tile(place, j)
+        query, column = in_tile(place, j)
         slot = ((place >= j[0]) & (place < j[1])).nonzero(as_tuple=True)[1]
         found[query, slot] = scores[query, column]
     return found
@@ -75,21 +95,18 @@ def retrieval_ranks(
     scorer = Scorer(query, gallery)
     for i in spans(0, len(query), QUERIES):
         scorer.load(query[slice(*i)])
-        table = positives[slice(*i)]
         left_out = None if exclude is None else exclude[slice(*i)]
-        listed = _listed(table, left_out)
-        own = _positive_scores(scorer, table).masked_fill(~listed, -torch.inf)
-        best = own.amax(1, keepdim=True) if table.shape[1] else own.new_full((len(table), 1), -torch.inf)
-        same[slice(*i)] = (listed & (own == best)).sum(1)
+        table = distinct(positives[slice(*i)], len(gallery), left_out)
+        own = _positive_scores(scorer, table)
+        best = best_score(own, table >= 0)
+        same[slice(*i)] = ((table >= 0) & (own == best)).sum(1)
         skipped = [table] if left_out is None else [table, left_out]
-        for j in spans(0, len(gallery), GALLERY):
+        for j in spans(0, len(gallery), scorer.width):
             scores = scorer.against(gallery[slice(*j)])
-            beaten, equal = scores > best, scores == best
-            lost = scores.isnan() | best.isnan()
-            beaten |= lost
+            beaten, equal = ~(scores <= best), scores == best  # a NaN on either side counts as beaten
             for entries in skipped:
-                beaten[_in_tile(entries, j)] = False
-                equal[_in_tile(entries, j)] = False
+                beaten[in_tile(entries, j)] = False
+                equal[in_tile(entries, j)] = False
             above[slice(*i)] += beaten.sum(1)
             tied[slice(*i)] += equal.sum(1)
     return above, tied, same
@@ -97,44 +114,73 @@ def retrieval_ranks(
 
 def topk_neighbors(query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
     """(scores, indices), each (Q, k); see vlscale.kernels.topk_neighbors."""
-    scores = query.new_full((len(query), k), -torch.inf)
-    indices = torch.full((len(query), k), -1, dtype=torch.int64, device=query.device)
+    scores = query.new_empty(len(query), k)
+    indices = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     scorer = Scorer(query, gallery)
     for i in spans(0, len(query), QUERIES):
         scorer.load(query[slice(*i)])
-        best = scores[slice(*i)], indices[slice(*i)]
-        for j in spans(0, len(gallery), GALLERY):
+        best = Shortlist(scorer, k)
+        for j in spans(0, len(gallery), scorer.width):
             tile = scorer.against(gallery[slice(*j)])
             if exclude is not None:
-                tile[_in_tile(exclude[slice(*i)], j)] = -torch.inf
-            _merge(best, _padded(tile), j[0])
+                tile[in_tile(exclude[slice(*i)], j)] = -torch.inf
+            best.add(tile, j[0])
+        scores[slice(*i)], indices[slice(*i)] = best.finish()
     return scores, indices
 
 
-def _padded(tile: Tensor) -> Tensor:
-    """(q, g) -> (q, groups, GROUP), the last group filled up with -inf."""
-    missing = -tile.shape[1] % GROUP
-    if missing:
-        tile = torch.nn.functional.pad(tile, (0, missing), value=-torch.inf)
-    return tile.unflatten(1, (-1, GROUP))
+class Shortlist:
+    """The k best of each query among the scores seen so far; equal scores stay in order of index.
 
-
-def _merge(best: tuple[Tensor, Tensor], groups: Tensor, start: int) -> None:
-    """Let one tile's scores into the running best (q, k), in place; equal scores stay in order of index.
-
-    Only groups whose maximum beats a query's k-th score can hold a newcomer, and of those the k best are enough.
+    Newcomers above a query's k-th score wait unsorted, and are put in order each time the gallery seen has doubled:
+    about k of them a query and doubling, so that sorting is nothing beside the products. Only groups whose maximum is
+    above the k-th score are looked into.
     """
-    scores, indices = best
-    k = scores.shape[1]
-    tops = groups.amax(2)
-    rows = (~(tops <= scores[:, -1:])).any(1).nonzero()[:, 0]
-    if not len(rows):
-        return
-    order = tops[rows].sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
-    opened = groups[rows[:, None], order]
-    where = (start + order[:, :, None] * GROUP + torch.arange(GROUP, device=order.device)).flatten(1)
-    pool = torch.cat([scores[rows], opened.flatten(1)], 1)
-    names = torch.cat([indices[rows], where], 1)
-    pool, place = pool.sort(dim=1, descending=True, stable=True)
-    scores[rows] = pool[:, :k]
-    indices[rows] = torch.where(pool[:, :k] == -torch.inf, -1, names.gather(1, place[:, :k]))
+
+    def __init__(self, scorer: Scorer, k: int):
+        self.scores = scorer.scores.new_full((scorer.count, k), -torch.inf)
+        self.indices = torch.full((scorer.count, k), -1, dtype=torch.int64, device=self.scores.device)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # (query, score, index), each query's by index
+        self.seen = self.ordered = self.pending = 0
+
+    def add(self, tile: Tensor, start: int) -> None:
+        """tile (queries, columns): the scores of the gallery rows from `start` on."""
+        missing = -tile.shape[1] % GROUP
+        if missing:
+            tile = torch.nn.functional.pad(tile, (0, missing), value=-torch.inf)
+        groups = tile.unflatten(1, (-1, GROUP))
+        tops = groups.amax(2)
+        floor = self.scores[:, -1:]
+        too_low = (tops <= floor) | floor.isnan()  # nothing beats a NaN
+        k = self.scores.shape[1]
+        if not self.seen and tops.shape[1] >= k:  # the k best groups' maxima are k scores: what is under them is out
+            floor = tops.topk(k).values[:, -1:]
+            too_low = tops < floor
+        query, group = (~too_low).nonzero(as_tuple=True)
+        opened = groups[query, group]
+        least = floor[query]
+        pair, place = (~(opened < least) if not self.seen else ~(opened <= least)).nonzero(as_tuple=True)
+        self.waiting.append((query[pair], opened[pair, place], start + group[pair] * GROUP + place))
+        self.seen += tile.shape[1]
+        self.pending += len(pair)
+        if self.seen >= 2 * self.ordered or self.pending > max(PENDING, 4 * self.scores.numel()):
+            self._order()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(scores, indices), each (queries, k), best first."""
+        if self.waiting:
+            self._order()
+        return self.scores, self.indices.masked_fill_(self.scores == -torch.inf, -1)
+
+    def _order(self) -> None:
+        count, k = self.scores.shape
+        held = torch.arange(count, device=self.scores.device).repeat_interleave(k)
+        parts = [(held, self.scores.flatten(), self.indices.flatten()), *self.waiting]
+        query, score, index = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = score.sort(descending=True, stable=True).indices
+        order = order[query[order].sort(stable=True).indices]
+        amount = query.bincount(minlength=count)
+        place = torch.arange(len(order), device=order.device) - (amount.cumsum(0) - amount).repeat_interleave(amount)
+        kept = order[place < k]
+        self.scores, self.indices = score[kept].view(count, k), index[kept].view(count, k)
+        self.waiting, self.pending, self.ordered = [], 0, self.seen

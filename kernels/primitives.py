@@ -42,7 +42,9 @@ Relations, rows x (b, F) of X (N, F): Relation(x, X, weights, widths, kind) for 
 
 These are the PyTorch forms, for any device. triton_contrastive.contrastive_statistics and contrastive_gradients and
 triton_sigmoid.sigmoid_sweep take the same rectangles and offsets (with a device flag in place of the host's answer to
-sums_are_sound); Triton's relation kernels are written for one process's square.
+sums_are_sound), and so do triton_relation_kl's relation_maxima, relation_kl_statistics and relation_kl_gradients, with
+triton_relation.Operand.of(rows, columns, weights, widths, kind) in place of a Relation (embeddings bfloat16 as they are
+or float32) and the same sweeps, references, coefficients and finish().
 """
 
 from .chunked import fixed_reference, sums_are_sound

@@ -27,15 +27,18 @@ def _relations(
     return Relation(x, x, student_weight, [x.shape[1]], relation), Relation(z, z, weights, widths, relation)
 
 
-def _on_triton(weights: Tensor, relation: str, impl: str) -> bool:
-    """Whether the Triton kernels serve this; euclidean relations and float64 are the chunked tiles' on every impl."""
-    return impl == "triton" and relation == "cosine" and weights.dtype == torch.float32
+def _on_triton(weights: Tensor, impl: str) -> bool:
+    """Whether the Triton kernels serve this; float64 is the chunked tiles' on every impl."""
+    return impl == "triton" and weights.dtype == torch.float32
 
 
-def _operands(student: Tensor, student_weight: Tensor, teacher: Tensor, weights: Tensor, widths: list[int]):
-    from .triton_relation_kl import Operand
+def _operands(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, weights: Tensor, widths: list[int], relation: str
+):
+    from .triton_relation import Operand
 
-    return Operand.of(student, student_weight, [student.shape[1]]), Operand.of(teacher, weights, widths)
+    alone = Operand.of(student, student, student_weight, [student.shape[1]], relation)
+    return alone, Operand.of(teacher, teacher, weights, widths, relation)
 
 
 @torch.library.custom_op("vlscale::relation_kl_forward", mutates_args=())
@@ -51,10 +54,10 @@ def forward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics (7, N)); student_weight (1,), teacher (N, sum of widths), weights (K,)."""
-    if _on_triton(weights, relation, impl):
+    if _on_triton(weights, impl):
         from . import triton_relation_kl as kernels
 
-        operands = _operands(student, student_weight, teacher, weights, widths)
+        operands = _operands(student, student_weight, teacher, weights, widths, relation)
         *references, sums = kernels.relation_kl_sums(*operands, matrix=matrix)
     else:
         s, t = _relations(student, student_weight, teacher, weights, widths, relation)
@@ -100,19 +103,26 @@ def backward_op(
         sums = sums.double().sum(1, keepdim=True).expand(-1, n)
     coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
     mean = grad if matrix else grad / n
-    if _on_triton(weights, relation, impl):
+    want = {"want_student": want_student, "want_teacher": want_teacher}
+    if _on_triton(weights, impl):
         from . import triton_relation_kl as kernels
 
-        operands = _operands(student, student_weight, teacher, weights, widths)
-        found = kernels.relation_kl_gradients(
-            *operands, statistics[0], statistics[1], coefficients, matrix=matrix, want_teacher=want_teacher
+        operands = _operands(student, student_weight, teacher, weights, widths, relation)
+        both = kernels.relation_kl_gradients(
+            *operands,
+            None,
+            coefficients,
+            coefficients,
+            Sweep.TRIANGLE,
+            0,
+            launches=kernels.launches_of(statistics[0], statistics[1], matrix=matrix),
+            **want,
         )
     else:
         s, t = _relations(student, student_weight, teacher, weights, widths, relation)
         references, sweep = _references(statistics, matrix=matrix)
-        want = {"want_student": want_student, "want_teacher": want_teacher}
         both = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, sweep, 0, **want)
-        found = [part for g in both for part in ((None, None) if g is None else g.finish()[::2])]
+    found = [part for g in both for part in ((None, None) if g is None else g.finish()[::2])]
     wanted = (want_student, want_student, want_teacher, want_teacher)
     inputs = (student, student_weight, teacher, weights)
     return tuple(

@@ -4,8 +4,10 @@
     mae mean |s - t|;   mse mean (s - t)^2;   wasserstein mean over rows of the mean |difference| of sorted values
 
 mae and wasserstein make their gradients in the forward pass and are differentiable once; mse is plain algebra on an
-(F, F) matrix and differentiable any number of times. Triton kernels serve mae in float32 and below; everything else is
-the same blockwise code for `triton` and `chunked`.
+(F, F) matrix and differentiable any number of times. Triton kernels serve mae in float32 and below. The others are the
+same PyTorch code for `triton` and `chunked`: mse has no tiles to fuse, and wasserstein is sorting, whole rows of N at a
+time. On a GPU torch.sort takes such rows through global memory a few times, O(N) each; a kernel that kept its logits to
+itself would have to sort them by a network of O(log^2 N) steps, in registers and for some thousand columns at most.
 """
 
 import torch
@@ -39,10 +41,13 @@ def forward_op(
     n = len(student)
     pairs = n * (n - 1)
     if impl == "triton" and metric == "mae" and weights.dtype == torch.float32:
-        from .triton_relation_kl import Operand
+        from .triton_relation import Operand
         from .triton_relation_match import relation_mae
 
-        sides = Operand.of(student, student_weight, [student.shape[1]]), Operand.of(teacher, weights, widths)
+        sides = (
+            Operand.of(student, student, student_weight, [student.shape[1]], "cosine"),
+            Operand.of(teacher, teacher, weights, widths, "cosine"),
+        )
         total, found = relation_mae(*sides, want_student=want_student, want_teacher=want_teacher)
         return (total / pairs).to(weights.dtype), *(weights.new_empty(0) if g is None else g / pairs for g in found)
     x, z = student.to(weights.dtype), teacher.to(weights.dtype)

@@ -1,8 +1,9 @@
 """`retrieval_ranks` and `topk_neighbors`: exact retrieval over a gallery of any size, without the Q x G scores.
 
 Ranks are counts, not sorted lists: how many beat the best positive, how many tie with it. Ties are scores that are
-equal as computed, so identical rows tie. Nothing here has a gradient. There are no Triton kernels here: `triton` and
-`chunked` are the same blockwise code, which on a GPU waits for the device where it lists what it found.
+equal as computed, so identical rows tie. Nothing here has a gradient. `triton` never waits for the device; `chunked`
+does on a GPU, where it lists what it found. float64 is the chunked tiles' on every impl, and so are more than MOST
+neighbours. Indices are checked on a CPU; on a GPU one outside the gallery counts as padding.
 """
 
 import torch
@@ -12,13 +13,26 @@ from . import chunked_retrieval as tiles
 from . import reference
 from .checks import check_embeddings, check_indices, check_same, choose_impl, compute_dtype
 
+MOST = 512  # neighbours that Triton seeks, 64 in a pass over the gallery; chunked blocks sort better than more passes
+
 
 def _check(query_emb: Tensor, gallery_emb: Tensor) -> tuple[Tensor, Tensor]:
     check_embeddings("query_emb", query_emb)
     check_embeddings("gallery_emb", gallery_emb)
     check_same("gallery_emb", gallery_emb, "query_emb", query_emb, shape=False)
-    dtype = compute_dtype(query_emb)
-    return query_emb.detach().to(dtype), gallery_emb.detach().to(dtype)
+    return query_emb.detach(), gallery_emb.detach()
+
+
+def _run(name: str, impl: str, query: Tensor, gallery: Tensor, *arguments):
+    """The function of that name in the implementation's module; Triton takes narrow embeddings as they are."""
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        if impl == "triton":
+            from . import triton_retrieval
+
+            return getattr(triton_retrieval, name)(query, gallery, *arguments)
+        dtype = compute_dtype(query)
+        module = reference if impl == "reference" else tiles
+        return getattr(module, name)(query.to(dtype), gallery.to(dtype), *arguments)
 
 
 @torch.no_grad()
@@ -36,10 +50,9 @@ def retrieval_ranks(
     if positives is None:
         raise ValueError(f"positives: expected a tensor ({len(query)}, P) of gallery indices padded by -1, got None")
     for name, table in (("positives", positives), ("exclude", exclude)):
-        check_indices(name, table, len(query), query.device)
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        ranks = reference.retrieval_ranks if impl == "reference" else tiles.retrieval_ranks
-        return ranks(query, gallery, positives, exclude)
+        check_indices(name, table, len(query), len(gallery), query.device)
+    impl = "chunked" if impl == "triton" and query.dtype == torch.float64 else impl
+    return _run("retrieval_ranks", impl, query, gallery, positives, exclude)
 
 
 @torch.no_grad()
@@ -55,7 +68,6 @@ def topk_neighbors(
     impl = choose_impl(impl, query.device)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(gallery):
         raise ValueError(f"k: expected 1 to {len(gallery)}, the size of the gallery, got {k!r}")
-    check_indices("exclude", exclude, len(query), query.device)
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        neighbors = reference.topk_neighbors if impl == "reference" else tiles.topk_neighbors
-        return neighbors(query, gallery, k, exclude)
+    check_indices("exclude", exclude, len(query), len(gallery), query.device)
+    impl = "chunked" if impl == "triton" and (query.dtype == torch.float64 or k > MOST) else impl
+    return _run("topk_neighbors", impl, query, gallery, k, exclude)

@@ -193,7 +193,7 @@ def contrastive_statistics(
     b, n = len(x), len(y)
     row_ids, col_ids, has_ids = _ids(positives)
     shared = row_ref.dim() == 0
-    config = config or choose_config(x, Work.LIGHT if shared and not has_ids else Work.FULL)
+    config = config or choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
     sums = 3 if has_ids else 1
     rows, cols = scale.new_zeros(3, b), scale.new_zeros(3, n)
     places = (1, 0, 2)[:sums]  # of the kernel's off, pos, target; a list as an index would be copied to the device
@@ -266,30 +266,33 @@ def contrastive_gradients(
     `weights` hold vector references; with a clear `flag` all their entries are the one constant. <G, S> is summed where
     G is still float32: from a float16 G, as <G y, x>, it is percents wrong on cone-shaped embeddings.
     """
-    config = config or choose_config(x, Work.FULL)
     positives, dtype = weights.positives, scale.dtype
     row_ids, col_ids, has_ids = _ids(positives)
+    tiles = {
+        shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
+        for shared in (True, False)
+    }
     stored = stored_dtype(x, dtype, has_ids=has_ids)
     left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
     dx, dy = (
         torch.zeros(t.shape, dtype=dtype, device=t.device) if want else None for t, want in ((x, want_x), (y, want_y))
     )
-    height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
+    height, width = min(len(x), tiles[True].wave_rows), min(len(y), tiles[True].wave_columns)
     block = torch.empty(height, width, dtype=stored, device=x.device)
     along = torch.zeros((), dtype=torch.float64, device=x.device)
     for i in spans(0, len(x), height):
         for j in spans(0, len(y), width):
             g = block[: i[1] - i[0], : j[1] - j[0]]
             row_totals, col_totals = scale.new_zeros(len(g)), scale.new_zeros(g.shape[1])
-            grid = triton.cdiv(g.shape[0], config.block_m), triton.cdiv(g.shape[1], config.block_n)
-            for shared in (True, False):
+            for shared, tile in tiles.items():
+                grid = triton.cdiv(g.shape[0], tile.block_m), triton.cdiv(g.shape[1], tile.block_n)
                 part = scale.new_zeros(grid[1], len(g))
                 by_row, by_col = scale.new_zeros(grid[1], len(g)), scale.new_zeros(grid[0], g.shape[1])
                 weights_kernel[grid](
                     x, y, scale, flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
                     weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, part, by_row, by_col,
                     i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
-                    SHARED=shared, HAS_IDS=has_ids, **config.launch(),
+                    SHARED=shared, HAS_IDS=has_ids, **tile.launch(),
                 )  # fmt: skip
                 along += part.sum(dtype=torch.float64)
                 row_totals += by_row.sum(0)

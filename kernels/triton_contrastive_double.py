@@ -118,7 +118,7 @@ def contrastive_double_statistics(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As in chunked_contrastive_double, for float32 tensors and vector references; columns partial."""
-    config = config or choose_config(x, Work.FULL)
+    config = config or choose_config(x, Work.DOUBLE)
     x, y = x.contiguous(), y.contiguous()
     left, right = _sides(x, y, u, v)
     b, n = len(x), len(y)
@@ -141,7 +141,7 @@ def contrastive_double_gradients(
     sums: tuple[Tensor, Tensor], config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As in chunked_contrastive_double, for float32 tensors and vector references."""
-    config = config or choose_config(x, Work.FULL)
+    config = config or choose_config(x, Work.DOUBLE)
     x, y, positives = x.contiguous(), y.contiguous(), weights.positives
     left, right = _sides(x, y, u, v)
     xb, yb, scalars = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(2, dtype=torch.float64)

@@ -1,17 +1,15 @@
-"""Relation KL in Triton, cosine relations: chunked_relation_kl's statistics and gradients, same letters.
+"""Relation KL in Triton: the rectangular primitives of chunked_relation_kl, same letters, same signatures.
 
-Rows go in waves. A wave visits the columns from its own first row on: the square on the diagonal serves its rows, the
-rest serves rows and columns, whose sums are written per row tile and added in fixed order. So each pair of waves is
-computed once: N^2 (D_s + D_t) operations forward, the same again and 2 N^2 D_s backward, plus the
-squares' second halves. Backward makes blocks of H and takes them to dX with ordinary products, both sides of a block.
+Rows go in waves. In a triangle a wave visits the columns from its own first row on: the square on the diagonal serves
+its rows, the rest serves rows and columns, whose sums are written per row tile and added in fixed order. So each pair
+of waves is computed once: N^2 (D_s + D_t) operations forward, the same again and 2 N^2 D_s backward, plus the squares'
+second halves. Backward makes blocks of H and takes them to dX with ordinary products, both sides of a block.
 
-The constant reference is checked on the device: where a sum is unsound, kernels that are always launched and return at
-once while the flag is clear compute maxima and start over (row scope with one reference a row and no mirroring, matrix
-scope with the exact maximum as the constant).
+One process checks the constant reference on the device: where a sum is unsound, kernels that are always launched and
+return at once while their flag is clear compute maxima and start over (row scope with one reference a row and no
+mirroring, matrix scope with the exact maximum as the constant). Over ranks the caller decides, and says so by the
+references that it gives.
 """
-
-from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import triton
@@ -19,61 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked import SUM_BITS, fixed_reference, spans
-from .chunked_relation_kl import REACH, SUMS
-from .triton_tiles import Centred, Config, Work, choose_config, product_tile, store_weights, stored_dtype
-
-
-@dataclass(frozen=True)
-class Operand:
-    """Embeddings (N, F) of one side: K segments that start at `starts` (K + 1,) int32, one weight each (K,) float32."""
-
-    emb: Tensor
-    weights: Tensor
-    widths: list[int]
-    starts: Tensor
-
-    @classmethod
-    def of(cls, emb: Tensor, weights: Tensor, widths: list[int]) -> "Operand":
-        """bfloat16 embeddings stay as they are, everything else is float32."""
-        emb = emb.contiguous() if emb.dtype == torch.bfloat16 else emb.to(weights.dtype).contiguous()
-        ends = accumulate(widths, initial=0)  # filled one by one on the device: copying a list would wait for it
-        starts = torch.stack([torch.full((), end, dtype=torch.int32, device=emb.device) for end in ends])
-        return cls(emb, weights, widths, starts)
-
-    def bound(self) -> Tensor:
-        spread = self.spread().abs()
-        return (self.emb.to(spread.dtype).square() * spread).sum(1).amax()
-
-    def spread(self) -> Tensor:
-        """Each feature's weight, (F,)."""
-        return torch.cat([w.expand(width) for w, width in zip(self.weights, self.widths, strict=True)])
-
-    def by_segment(self, features: Tensor) -> Tensor:
-        """(F,) -> (K,) sums."""
-        return torch.stack([part.sum() for part in features.split(self.widths)])
-
-
-@triton.jit
-def mixed_tile(
-    emb_ptr, weight_ptr, starts_ptr, first_row, first_column, row_end, column_end, D,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sum_k w_k z^k_i . z^k_j of one tile."""
-    if K == 1:
-        product = product_tile(
-            emb_ptr, emb_ptr, first_row, first_column, row_end, column_end, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        return tl.load(weight_ptr) * product
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(K):
-        start = tl.load(starts_ptr + k)
-        width = tl.load(starts_ptr + k + 1) - start
-        here = emb_ptr + start
-        product = product_tile(
-            here, here, first_row, first_column, row_end, column_end, width, D, D, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        total += tl.load(weight_ptr + k) * product
-    return total
+from .chunked_relation import Sweep, Tile
+from .chunked_relation_kl import REACH, SUMS, References
+from .triton_relation import Operand, OperandGradient, relation_tile, segment_tile, waves
+from .triton_tiles import Config, Work, choose_config, store_weights
 
 
 @triton.jit
@@ -100,10 +47,11 @@ def exponentials(s, t, s_ref, t_ref, counted):
 
 @triton.jit
 def relation_maxima_kernel(
-    run_ptr, x_ptr, xw_ptr, x_starts_ptr, z_ptr, zw_ptr, z_starts_ptr, out_ptr, row_start, n, D, F,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    run_ptr, x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+    z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, out_ptr, row_start, offset, b, n, D, F,
+    K: tl.constexpr, EUCLIDEAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Off-diagonal row maxima of one wave: (student and teacher, splits, wave rows)."""
+    """Row maxima of one wave without its own pairs: (student and teacher, splits, wave rows)."""
     if tl.load(run_ptr) == 0:
         return
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -113,10 +61,16 @@ def relation_maxima_kernel(
     best_t = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        counted = (columns < n)[None, :] & (rows[:, None] != columns[None, :])
-        s = mixed_tile(x_ptr, xw_ptr, x_starts_ptr, first_row, first, n, n, D, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+        counted = (columns < n)[None, :] & ((rows + offset)[:, None] != columns[None, :])
+        s = relation_tile(
+            x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr, first_row, first, b, n, D,
+            1, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         best_s = tl.maximum(best_s, tl.max(tl.where(counted, s, float("-inf")), 1))
-        t = mixed_tile(z_ptr, zw_ptr, z_starts_ptr, first_row, first, n, n, F, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        t = relation_tile(
+            z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, first_row, first, b, n, F,
+            K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         best_t = tl.maximum(best_t, tl.max(tl.where(counted, t, float("-inf")), 1))
     wave = tl.num_programs(0).to(tl.int64) * BLOCK_M
     out = out_ptr + split * wave + tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -126,9 +80,11 @@ def relation_maxima_kernel(
 
 @triton.jit
 def relation_statistics_kernel(
-    run_ptr, x_ptr, xw_ptr, x_starts_ptr, z_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, row_out_ptr,
-    column_out_ptr, row_start, column_start, mirror_from, n, D, F,
-    K: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    run_ptr, x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+    z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, row_out_ptr, column_out_ptr,
+    row_start, column_start, mirror_from, offset, b, n, D, F,
+    K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The five sums of one wave over the columns from column_start: row_out (5, splits, wave rows), and for the columns
     from mirror_from on column_out (5, row tiles, n)."""
@@ -140,8 +96,8 @@ def relation_statistics_kernel(
     if SHARED:
         s_ref, t_ref = tl.load(s_ref_ptr), tl.load(t_ref_ptr)
     else:
-        s_ref = tl.load(s_ref_ptr + rows, mask=rows < n, other=0.0)[:, None]
-        t_ref = tl.load(t_ref_ptr + rows, mask=rows < n, other=0.0)[:, None]
+        s_ref = tl.load(s_ref_ptr + rows, mask=rows < b, other=0.0)[:, None]
+        t_ref = tl.load(t_ref_ptr + rows, mask=rows < b, other=0.0)[:, None]
     sum_s = tl.zeros((BLOCK_M,), tl.float32)
     sum_t = tl.zeros((BLOCK_M,), tl.float32)
     sum_difference = tl.zeros((BLOCK_M,), tl.float32)
@@ -150,9 +106,15 @@ def relation_statistics_kernel(
     plane = tl.num_programs(0).to(tl.int64) * n
     for first in range(column_start + split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        counted = (rows < n)[:, None] & (columns < n)[None, :] & (rows[:, None] != columns[None, :])
-        s = mixed_tile(x_ptr, xw_ptr, x_starts_ptr, first_row, first, n, n, D, 1, BLOCK_M, BLOCK_N, BLOCK_K)
-        t = mixed_tile(z_ptr, zw_ptr, z_starts_ptr, first_row, first, n, n, F, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        counted = (rows < b)[:, None] & (columns < n)[None, :] & ((rows + offset)[:, None] != columns[None, :])
+        s = relation_tile(
+            x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr, first_row, first, b, n, D,
+            1, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        t = relation_tile(
+            z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, first_row, first, b, n, F,
+            K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         e_s, e_t, d, difference = exponentials(s, t, s_ref, t_ref, counted)
         drift = e_t * d
         curved = difference + drift
@@ -180,191 +142,270 @@ def relation_statistics_kernel(
 
 
 @triton.jit
-def coefficient(rows_ptr, k: tl.constexpr, rows, columns, n):
-    """Coefficient k of the rows, plus the same of the columns."""
-    row = tl.load(rows_ptr + k * n + rows, mask=rows < n, other=0.0)[:, None]
-    return row + tl.load(rows_ptr + k * n + columns, mask=columns < n, other=0.0)[None, :]
+def of_rows(coefficients_ptr, k: tl.constexpr, rows, b):
+    return tl.load(coefficients_ptr + k * b + rows, mask=rows < b, other=0.0)[:, None]
 
 
 @triton.jit
-def side(coefficients_ptr, k: tl.constexpr, index, n):
-    return tl.load(coefficients_ptr + k * n + index, mask=index < n, other=0.0)
+def of_columns(coefficients_ptr, k: tl.constexpr, columns, n):
+    return tl.load(coefficients_ptr + k * n + columns, mask=columns < n, other=0.0)[None, :]
 
 
 @triton.jit
 def relation_weights_kernel(
-    run_ptr, x_ptr, xw_ptr, x_starts_ptr, z_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, coefficients_ptr, h_ptr,
-    teacher_ptr, row_sums_ptr, column_total_ptr, row_start, row_end, column_start, column_end, n, D, F, stride_h,
-    K: tl.constexpr, SHARED: tl.constexpr, TEACHER: tl.constexpr,
+    run_ptr, x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+    z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr, tc_ref_ptr,
+    coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
+    teacher_ptr, teacher_rows_ptr, teacher_columns_ptr,
+    row_start, row_end, column_start, column_end, offset, b, n, D, F, stride_h, plane_h,
+    K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr, TEACHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of H (and of the teacher's, float32); row_sums (sum H, <H, S>; column tiles; rows), column_total."""
+    """One block of H, or of C for euclidean relations, in h and with TEACHER (float32) in teacher, a plane a segment.
+
+    row_sums (sum of what is stored, <H, S>; column tiles; rows), column_sums (row tiles, columns); teacher_rows (the
+    same without the weight; K; column tiles; rows), teacher_columns (K, row tiles, columns), for euclidean ones only.
+    """
     if tl.load(run_ptr) == 0:
         return
     first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     inside = row_ok[:, None] & column_ok[None, :]
-    counted = inside & (rows[:, None] != columns[None, :])
-    s = mixed_tile(
-        x_ptr, xw_ptr, x_starts_ptr, first_row, first_column, row_end, column_end, D, 1, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    t = mixed_tile(
-        z_ptr, zw_ptr, z_starts_ptr, first_row, first_column, row_end, column_end, F, K, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    c = coefficients_ptr
+    counted = inside & ((rows + offset)[:, None] != columns[None, :])
+    s = relation_tile(
+        x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr, first_row, first_column, row_end, column_end, D,
+        1, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    t = relation_tile(
+        z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, first_row, first_column, row_end, column_end, F,
+        K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    r, c = coefficients_ptr, column_coefficients_ptr
     if SHARED:
         e_s, e_t, d, difference = exponentials(s, t, tl.load(s_ref_ptr), tl.load(t_ref_ptr), counted)
-        h = difference * coefficient(c, 0, rows, columns, n) + e_s * coefficient(c, 1, rows, columns, n)
-        h += e_t * coefficient(c, 2, rows, columns, n)
+        h = difference * (of_rows(r, 0, rows, b) + of_columns(c, 0, columns, n))
+        h += e_s * (of_rows(r, 1, rows, b) + of_columns(c, 1, columns, n))
+        h += e_t * (of_rows(r, 2, rows, b) + of_columns(c, 2, columns, n))
         if TEACHER:
-            h_t = e_t * (d * coefficient(c, 3, rows, columns, n) + coefficient(c, 4, rows, columns, n))
+            h_t = d * (of_rows(r, 3, rows, b) + of_columns(c, 3, columns, n))
+            h_t = e_t * (h_t + of_rows(r, 4, rows, b) + of_columns(c, 4, columns, n))
     else:
         s_ref = tl.load(s_ref_ptr + rows, mask=row_ok, other=0.0)[:, None]
         t_ref = tl.load(t_ref_ptr + rows, mask=row_ok, other=0.0)[:, None]
         e_s, e_t, d, difference = exponentials(s, t, s_ref, t_ref, counted)
-        h = difference * side(c, 0, rows, n)[:, None] + e_s * side(c, 1, rows, n)[:, None]
-        h += e_t * side(c, 2, rows, n)[:, None]
+        h = difference * of_rows(r, 0, rows, b) + e_s * of_rows(r, 1, rows, b) + e_t * of_rows(r, 2, rows, b)
         if TEACHER:
-            h_t = e_t * (d * side(c, 3, rows, n)[:, None] + side(c, 4, rows, n)[:, None])
-        s_ref = tl.load(s_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
-        t_ref = tl.load(t_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
+            h_t = e_t * (d * of_rows(r, 3, rows, b) + of_rows(r, 4, rows, b))
+        s_ref = tl.load(sc_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
+        t_ref = tl.load(tc_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
         e_s, e_t, d, difference = exponentials(s, t, s_ref, t_ref, counted)
-        h += difference * side(c, 0, columns, n)[None, :] + e_s * side(c, 1, columns, n)[None, :]
-        h += e_t * side(c, 2, columns, n)[None, :]
+        h += difference * of_columns(c, 0, columns, n) + e_s * of_columns(c, 1, columns, n)
+        h += e_t * of_columns(c, 2, columns, n)
         if TEACHER:
-            h_t += e_t * (d * side(c, 3, columns, n)[None, :] + side(c, 4, columns, n)[None, :])
-    store_weights(h_ptr, h, rows - row_start, columns - column_start, stride_h, inside)
-    if TEACHER:
-        store_weights(teacher_ptr, h_t, rows - row_start, columns - column_start, stride_h, inside)
-    height = row_end - row_start
-    out = row_sums_ptr + tl.program_id(1).to(tl.int64) * height + rows - row_start
-    tl.store(out, tl.sum(h, 1), mask=row_ok)
-    tl.store(out + tl.num_programs(1).to(tl.int64) * height, tl.sum(h * s, 1), mask=row_ok)
+            h_t += e_t * (d * of_columns(c, 3, columns, n) + of_columns(c, 4, columns, n))
+    height, tiles = row_end - row_start, tl.num_programs(1).to(tl.int64)
+    by_row = tl.program_id(1).to(tl.int64) * height + rows - row_start
     by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
-    tl.store(column_total_ptr + by_column, tl.sum(h, 0), mask=column_ok)
+    tl.store(row_sums_ptr + tiles * height + by_row, tl.sum(h * s, 1), mask=row_ok)
+    if EUCLIDEAN:
+        weight = tl.load(xw_ptr)
+        h = tl.where(s == 0.0, 0.0, -h * weight * weight / tl.where(s == 0.0, 1.0, s))  # s is -weight times distance
+    store_weights(h_ptr, h, rows - row_start, columns - column_start, stride_h, inside)
+    tl.store(row_sums_ptr + by_row, tl.sum(h, 1), mask=row_ok)
+    tl.store(column_sums_ptr + by_column, tl.sum(h, 0), mask=column_ok)
+    if TEACHER:
+        if EUCLIDEAN:
+            for k in range(K):
+                away = segment_tile(
+                    z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, z_starts_ptr, k,
+                    first_row, first_column, row_end, column_end, F, K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                at = tl.cast(k, tl.int64)
+                out = teacher_rows_ptr + at * tiles * height + by_row
+                tl.store(out + K * tiles * height, tl.sum(h_t * away, 1), mask=row_ok)
+                slope = -h_t * tl.load(zw_ptr + k) / tl.where(away == 0.0, 1.0, away)
+                slope = tl.where(away == 0.0, 0.0, slope)
+                store_weights(
+                    teacher_ptr + at * plane_h, slope, rows - row_start, columns - column_start, stride_h, inside
+                )
+                tl.store(out, tl.sum(slope, 1), mask=row_ok)
+                out = teacher_columns_ptr + at * tl.num_programs(0) * (column_end - column_start) + by_column
+                tl.store(out, tl.sum(slope, 0), mask=column_ok)
+        else:
+            store_weights(teacher_ptr, h_t, rows - row_start, columns - column_start, stride_h, inside)
 
 
-def _inputs(student: Operand, teacher: Operand) -> tuple[Tensor, ...]:
-    return student.emb, student.weights, student.starts, teacher.emb, teacher.weights, teacher.starts
+def _sizes(student: Operand, teacher: Operand, offset: int | None) -> tuple[int, int, int, int, int]:
+    """(offset, b, n, D, F); blocks without a common row get an offset that no column reaches."""
+    b, n = len(student.rows), len(student.columns)
+    return n if offset is None else offset, b, n, student.rows.shape[1], teacher.rows.shape[1]
 
 
-def _sizes(student: Operand, teacher: Operand) -> tuple[int, int, int]:
-    return len(student.emb), student.emb.shape[1], teacher.emb.shape[1]
+def _constants(student: Operand, teacher: Operand, config: Config) -> dict:
+    return {"K": len(teacher.weights), "EUCLIDEAN": student.kind == "euclidean", **config.launch()}
+
+
+def _config(student: Operand, teacher: Operand, *, plain: bool = True) -> Config:
+    """One teacher and one reference leave room for larger tiles."""
+    return choose_config(student.rows, Work.DOUBLE if plain and len(teacher.weights) == 1 else Work.CROWDED)
+
+
+def _always(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.int32, device=like.device)
 
 
 def relation_maxima(
-    student: Operand, teacher: Operand, run: Tensor, config: Config | None = None
+    student: Operand, teacher: Operand, offset: int | None, run: Tensor | None = None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Off-diagonal row maxima of both logits, (N,) each, only while `run` is set."""
-    config = config or choose_config(student.emb, Work.DOUBLE)
-    n, d, f = _sizes(student, teacher)
-    maxima = student.weights.new_zeros(2, n)
-    for i in spans(0, n, config.wave_rows):
+    """Row maxima of both logits without own pairs, (b,) each; only while `run` is set, where it is given."""
+    config = config or _config(student, teacher)
+    run = _always(student.weights) if run is None else run
+    sizes = _sizes(student, teacher, offset)
+    b, n = sizes[1:3]
+    maxima = student.weights.new_zeros(2, b)
+    for i in spans(0, b, config.wave_rows):
         grid = triton.cdiv(i[1] - i[0], config.block_m), min(config.splits, triton.cdiv(n, config.block_n))
         out = maxima.new_full((2, grid[1], grid[0] * config.block_m), -torch.inf)
         relation_maxima_kernel[grid](
-            run, *_inputs(student, teacher), out, i[0], n, d, f, K=len(teacher.weights), **config.launch()
+            run, *student.pointers(), *teacher.pointers(), out, i[0], *sizes, **_constants(student, teacher, config)
         )
         maxima[:, slice(*i)] = out.amax(1)[:, : i[1] - i[0]]
     return maxima[0], maxima[1]
 
 
 def relation_kl_statistics(
-    student: Operand, teacher: Operand, s_ref: Tensor, t_ref: Tensor, run: Tensor, config: Config | None = None
-) -> Tensor:
-    """(5, N) sums, only while `run` is set; 0-d references go by the triangle, (N,) ones over every tile."""
-    config = config or choose_config(student.emb, Work.DOUBLE)
-    n, d, f = _sizes(student, teacher)
-    shared = s_ref.dim() == 0
-    sums = student.weights.new_zeros(SUMS, n)
-    for i in spans(0, n, config.wave_rows):
-        first, mirror_from = (i[0], i[1]) if shared else (0, n)
+    student: Operand,
+    teacher: Operand,
+    references: References,
+    sweep: Sweep,
+    offset: int | None,
+    run: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep; only while `run` is set, if given."""
+    config = config or _config(student, teacher, plain=references.shared)
+    run = _always(student.weights) if run is None else run
+    sizes = _sizes(student, teacher, offset)
+    b, n = sizes[1:3]
+    sums = student.weights.new_zeros(SUMS, b)
+    columns = sums.new_zeros(SUMS, n) if sweep is Sweep.PAIR else None
+    for i in spans(0, b, config.wave_rows):
+        first = i[0] if sweep is Sweep.TRIANGLE else 0
+        mirror_from = {Sweep.TRIANGLE: i[1], Sweep.ROWS: n, Sweep.PAIR: 0}[sweep]
         grid = triton.cdiv(i[1] - i[0], config.block_m), min(config.splits, triton.cdiv(n - first, config.block_n))
         row_out = sums.new_zeros(SUMS, grid[1], grid[0] * config.block_m)
-        column_out = sums.new_zeros(SUMS, grid[0], n if shared else 1)
+        column_out = sums.new_zeros(SUMS, grid[0], 1 if sweep is Sweep.ROWS else n)
         relation_statistics_kernel[grid](
-            run, *_inputs(student, teacher), s_ref, t_ref, row_out, column_out, i[0], first, mirror_from, n, d, f,
-            K=len(teacher.weights), SHARED=shared, **config.launch(),
+            run, *student.pointers(), *teacher.pointers(), references.student, references.teacher, row_out, column_out,
+            i[0], first, mirror_from, *sizes, SHARED=references.shared, **_constants(student, teacher, config),
         )  # fmt: skip
         sums[:, slice(*i)] += row_out.sum(1)[:, : i[1] - i[0]]
-        if shared:
-            sums += column_out.sum(1)
-    return sums
+        if sweep is not Sweep.ROWS:
+            mirrored = sums if columns is None else columns
+            mirrored += column_out.sum(1)
+    return sums, columns
 
 
 def relation_kl_sums(
     student: Operand, teacher: Operand, *, matrix: bool, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(student's references (N,), teacher's, sums (5, N)), from whichever are sound; nothing is read on the host."""
-    n, dtype = len(student.emb), student.weights.dtype
+    n, dtype = len(student.rows), student.weights.dtype
     constant = fixed_reference(torch.maximum(student.bound(), teacher.bound()), dtype, REACH[dtype])
-    always = torch.ones((), dtype=torch.int32, device=student.emb.device)
-    sums = relation_kl_statistics(student, teacher, constant, constant, always, config)
+    sums, _ = relation_kl_statistics(student, teacher, References(constant, constant), Sweep.TRIANGLE, 0, config=config)
     checked = sums[:2].sum(1) if matrix else sums[:2]
     floor = n * 2.0 ** -SUM_BITS[dtype]
     unsound = ~((checked >= floor) & (checked < torch.inf)).all()
     run = unsound.to(torch.int32)
-    s_ref, t_ref = relation_maxima(student, teacher, run, config)
+    s_ref, t_ref = relation_maxima(student, teacher, 0, run, config)
     if matrix:
         s_ref, t_ref = s_ref.amax(), t_ref.amax()
-    more = relation_kl_statistics(student, teacher, s_ref, t_ref, run, config)
+    sweep = Sweep.TRIANGLE if matrix else Sweep.ROWS
+    more, _ = relation_kl_statistics(student, teacher, References(s_ref, t_ref), sweep, 0, run, config)
     references = (torch.where(unsound, ref, constant).expand(n) for ref in (s_ref, t_ref))
     return *references, torch.where(unsound, more, sums)
+
+
+def launches_of(s_ref: Tensor, t_ref: Tensor, *, matrix: bool) -> list[tuple[References, Tensor]]:
+    """One process's references (N,) as the kernels to launch: row scope launches those for one constant and those for a
+    reference a row, of which one returns at once."""
+    constant = ((s_ref == s_ref[0]) & (t_ref == t_ref[0])).all()
+    shared, vectors = References(s_ref[0], t_ref[0]), References(s_ref, t_ref, s_ref, t_ref)
+    if matrix:
+        return [(shared, _always(s_ref))]
+    return [(shared, constant.to(torch.int32)), (vectors, (~constant).to(torch.int32))]
 
 
 def relation_kl_gradients(
     student: Operand,
     teacher: Operand,
-    s_ref: Tensor,
-    t_ref: Tensor,
+    references: References | None,
     coefficients: Tensor,
+    column_coefficients: Tensor,
+    sweep: Sweep,
+    offset: int | None,
     *,
-    matrix: bool,
-    want_teacher: bool,
+    want_student: bool = True,
+    want_teacher: bool = False,
+    launches: list[tuple[References, Tensor]] | None = None,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of student, its weight, and where wanted teacher and its weights; references (N,), coefficients (5, N).
+) -> tuple[OperandGradient | None, OperandGradient | None]:
+    """Gradients of the sum of `relation_kl_terms` through both sides, None where not wanted.
 
-    Row scope launches the kernels for one constant and those for a reference a row, of which one returns at once.
+    Coefficients (5, b) and (5, n) are finished ones; `launches` stand in for `references` where the device decides.
     """
-    config = config or choose_config(student.emb, Work.DOUBLE)
-    n, d, f = _sizes(student, teacher)
-    dtype = student.weights.dtype
-    constant = ((s_ref == s_ref[0]) & (t_ref == t_ref[0])).all()
-    runs = [(True, torch.ones_like(constant) if matrix else constant), *([] if matrix else [(False, ~constant)])]
-    stored = stored_dtype(student.emb, dtype)
-    x, z = Centred(student.emb, dtype, stored), teacher.emb.to(dtype)
-    dx, dz = torch.zeros(n, d, dtype=dtype, device=z.device), torch.zeros_like(z) if want_teacher else None
-    height, width = min(n, config.wave_rows), min(n, config.wave_columns)
-    block = torch.empty(height, max(height, width), dtype=stored, device=z.device)
-    teacher_block = torch.empty_like(block, dtype=dtype) if want_teacher else None
-    along = torch.zeros((), dtype=torch.float64, device=z.device)
-    for i in spans(0, n, height):
-        for j in [i, *spans(i[1], n, width)]:
-            shape = i[1] - i[0], j[1] - j[0]
-            h = block[: shape[0], : shape[1]]
-            h_t = None if teacher_block is None else teacher_block[: shape[0], : shape[1]]
-            grid = triton.cdiv(shape[0], config.block_m), triton.cdiv(shape[1], config.block_n)
-            by_row, by_col = dx.new_zeros(2, grid[1], shape[0]), dx.new_zeros(grid[0], shape[1])
-            for shared, run in runs:
-                relation_weights_kernel[grid](
-                    run.to(torch.int32), *_inputs(student, teacher), s_ref, t_ref, coefficients, h, h_t, by_row,
-                    by_col, i[0], i[1], j[0], j[1], n, d, f, block.stride(0),
-                    K=len(teacher.weights), SHARED=shared, TEACHER=want_teacher, **config.launch(),
-                )  # fmt: skip
-            mirrored = j[0] >= i[1]
-            along += by_row[1].sum(dtype=torch.float64) * (1.0 if mirrored else 0.5)
-            dx[slice(*i)] += x.weighted(h, slice(*j), by_row[0].sum(0))
-            if mirrored:
-                dx[slice(*j)] += x.weighted(h.T, slice(*i), by_col.sum(0))
-            if want_teacher:
-                dz[slice(*i)] += h_t @ z[slice(*j)]
-                if mirrored:
-                    dz[slice(*j)] += h_t.T @ z[slice(*i)]
-    d_weight = (along / student.weights).to(dtype)
-    dx.mul_(student.weights)
-    if not want_teacher:
-        return dx, d_weight, None, None
-    d_weights = teacher.by_segment((dz * z).sum(0, dtype=torch.float64)) / 2
-    return dx, d_weight, dz.mul_(teacher.spread()), d_weights.to(dtype)
+    launches = launches or [(references, _always(student.weights))]
+    waved = config or _config(student, teacher)
+    sizes, dtype = _sizes(student, teacher, offset), student.weights.dtype
+    stored, euclidean = student.stored_dtype(), student.kind == "euclidean"
+    gradient = OperandGradient(student, sweep, stored) if want_student else None
+    teacher_gradient = OperandGradient(teacher, sweep, dtype) if want_teacher else None
+    segments = len(teacher.weights)
+    planes = segments if euclidean and want_teacher else 1
+    height, width = min(sizes[1], waved.wave_rows), min(sizes[2], max(1, waved.wave_columns // planes))
+    block = torch.empty(1, height, max(height, width), dtype=stored, device=coefficients.device)
+    teacher_block = block.new_empty(planes, *block.shape[1:], dtype=dtype) if want_teacher else None
+    for place in waves(sweep, *sizes[1:3], height, width):
+        sums, teacher_sums = [], []
+        for refs, run in launches:
+            tile = config or _config(student, teacher, plain=refs.shared and not want_teacher)
+            grid = triton.cdiv(place.shape[0], tile.block_m), triton.cdiv(place.shape[1], tile.block_n)
+            by_row = coefficients.new_zeros(2, 1, grid[1], place.shape[0])
+            by_column = by_row.new_zeros(1, grid[0], place.shape[1])
+            teacher_rows = by_row.new_zeros(2, planes, grid[1], place.shape[0]) if want_teacher else None
+            teacher_columns = by_row.new_zeros(planes, grid[0], place.shape[1]) if want_teacher else None
+            relation_weights_kernel[grid](
+                run, *student.pointers(), *teacher.pointers(), refs.student, refs.teacher, refs.student_columns,
+                refs.teacher_columns, coefficients, column_coefficients, block, by_row, by_column,
+                teacher_block, teacher_rows, teacher_columns, *place.rows, *place.columns, *sizes, block.stride(1),
+                block.stride(0), SHARED=refs.shared, TEACHER=want_teacher, **_constants(student, teacher, tile),
+            )  # fmt: skip
+            sums.append((by_row, by_column))
+            teacher_sums.append((teacher_rows, teacher_columns))
+        if want_student:
+            _collect(gradient, block, place, sums, student.weights)
+        if want_teacher:
+            _collect(teacher_gradient, teacher_block, place, teacher_sums, None)
+    return gradient, teacher_gradient
+
+
+def _collect(
+    gradient: OperandGradient,
+    blocks: Tensor,
+    place: Tile,
+    sums: list[tuple[Tensor, Tensor]],
+    weighted_by: Tensor | None,
+) -> None:
+    """Add one wave's blocks (planes, ...), with the sums of the launch that made them and zeros of the others.
+
+    A student's <H, relation> is of the weighted relation.
+    """
+    row_sums = sum(by_row[0].sum(1) for by_row, _ in sums)
+    column_sums = sum(by_column.sum(1) for _, by_column in sums)
+    gradient.add(blocks[:, : place.shape[0], : place.shape[1]], place, row_sums, column_sums)
+    along = sum(by_row[1].sum((1, 2), dtype=torch.float64) for by_row, _ in sums)
+    if weighted_by is not None:
+        gradient.add_along(along / weighted_by, place)
+    elif gradient.operand.kind == "euclidean":
+        gradient.add_along(along, place)

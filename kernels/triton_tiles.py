@@ -5,7 +5,7 @@ over BLOCK_K-wide steps, so any width works. Indices are 64-bit where they meet 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -44,13 +44,25 @@ class Work(Enum):
     """How much a kernel keeps beside its accumulator, which decides the largest tile that does not spill."""
 
     LIGHT = "one exponential, sums of rows and columns"
-    FULL = "weights to store, vector references or ids"
-    DOUBLE = "two products at once"
+    FULL = "weights to store or counts"
+    NARROW = "ids, or weights from a reference a row"
+    DOUBLE = "two products at once, or lists of neighbours"
+    CROWDED = "two products and several teachers, a reference a row or the teacher's gradient"
 
 
 # What each compiles to: benchmarks/results/compile_table.md.
-BF16 = {Work.LIGHT: Config(), Work.FULL: Config(block_n=128), Work.DOUBLE: Config(block_n=64, wave_rows=4096)}
-FP32 = Config(block_m=64, block_n=64, block_k=32, warps=4, stages=2, wave_columns=32768)
+BF16 = {
+    Work.LIGHT: Config(),
+    Work.FULL: Config(block_n=128),
+    Work.NARROW: Config(block_n=64),
+    Work.DOUBLE: Config(block_n=64, wave_rows=4096),
+    Work.CROWDED: Config(block_m=64, block_n=64, wave_rows=4096),
+}
+# Before 9.0 a block has 164 KB of shared memory and no 128 x 256 tile; 10.0 spills where 9.0 does not.
+BEFORE_HOPPER = {Work.LIGHT: Work.FULL, Work.DOUBLE: Work.CROWDED}
+AFTER_HOPPER = {Work.LIGHT: Work.FULL, Work.FULL: Work.NARROW, Work.DOUBLE: Work.CROWDED}
+FP32_ONE = Config(block_m=64, block_n=64, block_k=32, warps=4, stages=2, wave_columns=32768)
+FP32_TWO = replace(FP32_ONE, warps=8)
 INTERPRETED = Config(block_m=32, block_n=64, block_k=32, wave_rows=96, wave_columns=128, splits=2)  # several of each
 
 
@@ -58,12 +70,15 @@ def choose_config(x: Tensor, work: Work) -> Config:
     """Tile sizes for embeddings like x."""
     if x.device.type == "cpu":
         return INTERPRETED
-    return FP32 if x.dtype == torch.float32 else config_for(torch.cuda.get_device_capability(x.device)[0], work)
+    return config_for(x.dtype, torch.cuda.get_device_capability(x.device)[0], work)
 
 
-def config_for(capability: int, work: Work) -> Config:
-    """bfloat16 tiles by compute capability: before 9.0 a block has 164 KB of shared memory and no 128 x 256 tile."""
-    return BF16[Work.FULL if work is Work.LIGHT and capability < 9 else work]
+def config_for(dtype: torch.dtype, capability: int, work: Work) -> Config:
+    """Tile sizes by the major compute capability."""
+    if dtype == torch.float32:
+        return FP32_TWO if work in (Work.DOUBLE, Work.CROWDED) else FP32_ONE
+    smaller = BEFORE_HOPPER if capability < 9 else AFTER_HOPPER if capability > 9 else {}
+    return BF16[smaller.get(work, work)]
 
 
 def stored_dtype(x: Tensor, dtype: torch.dtype, *, has_ids: bool = False) -> torch.dtype:

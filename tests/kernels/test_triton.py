@@ -69,49 +69,6 @@ def test_sigmoid_shapes(n, d, scale):
     k.check_budget(k.sigmoid_case(*k.embeddings("random", n, d), scale), "triton", torch.float32, cap=1e-5)
 
 
-@pytest.mark.parametrize("regime", ["random", "cone", "near_equal"])
-@pytest.mark.parametrize("scope", ["row", "matrix"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_relation_kl_regimes(regime, scope, dtype):
-    x, z = k.embeddings(regime, 130, 48)
-    z = z if regime == "near_equal" else k.embeddings(regime, 130, 40, seed=1)[0]
-    k.check_budget(k.kl_case(x, [z], [1.0], (0.1, 0.1), scope=scope), "triton", dtype)
-
-
-@pytest.mark.parametrize("n", [3, 65, 260])
-def test_relation_kl_mixed_teachers(n):
-    x, z = k.embeddings("random", n, 24)
-    other = k.embeddings("cone", n, 40)[0]
-    k.check_budget(k.kl_case(x, [z, other], [0.7, 0.4], (0.2, 0.1)), "triton", torch.float32, floor=2e-6)
-
-
-@pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_relation_kl_fallback(scope):
-    x, z = (v.float() for v in k.embeddings("random", 70, 16))
-    case = k.kl_case(x, [z], [1.0], (0.004, 0.003), scope=scope)
-    truth = k.Case({name: v.double() for name, v in case.inputs.items()}, case.loss).run("reference")
-    dense, got = case.run("reference", torch.float32), case.run("triton", torch.float32)
-    for name in ("loss", "x", "tau_s"):
-        assert k.relative(got[name], truth[name]) <= max(2 * k.relative(dense[name], truth[name]), 2e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [3, 130])
-def test_relation_mae(n, dtype):
-    """A rounding that flips a sign is an error of any method: hence the floor."""
-    x, z = k.embeddings("random", n, 24)
-    other = k.embeddings("cone", n, 40)[0]
-    k.check_budget(k.match_case(x, [z, other], [0.7, -0.4], 0.2, "mae"), "triton", dtype, floor=1e-3)
-
-
-def test_relation_mae_without_gradients():
-    from vlscale.kernels import relation_match_loss
-
-    x, z = (v.float().to(DEVICE) for v in k.embeddings("random", 130, 24))
-    values = [relation_match_loss(x, [z], [1.0], temperature=0.1, impl=impl) for impl in ("triton", "chunked")]
-    torch.testing.assert_close(*values)
-
-
 def test_columns_beyond_the_end_are_never_used():
     """Embeddings that are views into NaN-filled storage: what a mask misses would show."""
     from vlscale.kernels import contrastive_loss
