@@ -1,6 +1,29 @@
 """Ranks and the collectives that training needs, with exact gradients."""
 
+from vlscale.distributed.agree import Agreement
+from vlscale.distributed.blocks import COMMS, Block, Blocks, Gather, choose_comm
+from vlscale.distributed.collectives import all_gather, all_reduce
 from vlscale.distributed.gather import gather_rows
+from vlscale.distributed.half_ring import HalfRing
 from vlscale.distributed.ranks import Ranks
+from vlscale.distributed.ring import Ring
+from vlscale.distributed.sums import mean_over_ranks, sum_over_ranks
+from vlscale.distributed.traffic import count_traffic
 
-__all__ = ["Ranks", "gather_rows"]
+__all__ = [
+    "COMMS",
+    "Agreement",
+    "Block",
+    "Blocks",
+    "Gather",
+    "HalfRing",
+    "Ranks",
+    "Ring",
+    "all_gather",
+    "all_reduce",
+    "choose_comm",
+    "count_traffic",
+    "gather_rows",
+    "mean_over_ranks",
+    "sum_over_ranks",
+]

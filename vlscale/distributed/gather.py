@@ -9,8 +9,8 @@ exactly, for towers and for shared scalars alike. (A backward that only slices g
 """
 
 import torch
-import torch.distributed as dist
 
+from vlscale.distributed.collectives import all_gather, reduce_scatter
 from vlscale.distributed.ranks import Ranks
 
 
@@ -23,9 +23,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         ctx.ranks = ranks
-        everyone = rows.new_empty((ranks.size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather(list(everyone.chunk(ranks.size)), rows.contiguous(), group=ranks.group)
-        return everyone
+        return all_gather(rows, ranks)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -36,10 +34,7 @@ class _ReduceScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, everyone: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         ctx.ranks = ranks
-        parts = list(everyone.contiguous().chunk(ranks.size))
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ranks.group)
-        return own
+        return reduce_scatter(everyone, ranks)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

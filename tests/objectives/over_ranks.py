@@ -1,0 +1,300 @@
+"""What the ranks of a test run: a small model's gradient under every form of every objective. No tests here.
+
+W ranks, N pairs in all. The model is given in float64, the truth is one process's dense loss in float64.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlscale.distributed import Block, Gather, HalfRing, Ranks, Ring, count_traffic, mean_over_ranks
+from vlscale.models.chunks import in_chunks
+from vlscale.objectives.sharded_contrastive import sharded_contrastive_loss
+from vlscale.objectives.sharded_relation_kl import sharded_relation_kl_loss
+from vlscale.objectives.sharded_relation_match import sharded_relation_match_loss
+from vlscale.objectives.sharded_sigmoid import sharded_sigmoid_loss
+
+N, FEATURES, D, D_TEACHER = 48, 12, 8, 6
+IDS = torch.arange(N) * 7 % 13
+
+
+def operations(_, left: torch.Size, right: torch.Size, **kwargs) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: operations}  # which the counter does not know
+
+
+@dataclass(frozen=True)
+class Case:
+    objective: str
+    comm: str = "gather"
+    ids: bool = False
+    chunks: int = 1
+    dtype: torch.dtype = torch.float64
+    spread: float = 1.0  # of the embeddings' norms: far from 1, one reference does not reach
+    impl: str = "chunked"
+    settings: tuple[tuple[str, str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        words = [self.objective, *(value for _, value in self.settings), self.comm, f"{self.chunks}chunks"]
+        words += [
+            str(self.dtype)[6:],
+            *(["ids"] if self.ids else []),
+            *([f"spread{self.spread:g}"] if self.spread != 1 else []),
+        ]
+        return "-".join(words + ([self.impl] if self.impl != "chunked" else []))
+
+
+RELATIONS = [
+    ("relation_kl", (("scope", "row"), ("relation", "cosine"))),
+    ("relation_kl", (("scope", "matrix"), ("relation", "cosine"))),
+    ("relation_kl", (("scope", "row"), ("relation", "euclidean"))),
+    ("relation_match", (("metric", "mae"),)),
+    ("relation_match", (("metric", "mse"),)),
+    ("relation_match", (("metric", "wasserstein"),)),
+]
+PRECISIONS = [(torch.float64, 1), (torch.float32, 1), (torch.float32, 4)]  # dtype and chunks
+CASES = [
+    Case(objective, comm, ids, chunks, dtype)
+    for objective in ("contrastive", "sigmoid")
+    for comm in ("gather", "ring")
+    for ids in (False, True)
+    for dtype, chunks in PRECISIONS
+]
+CASES += [
+    Case(objective, comm, chunks=chunks, dtype=dtype, settings=settings)
+    for objective, settings in RELATIONS
+    for comm in ("gather", "ring", "half_ring")
+    for dtype, chunks in PRECISIONS
+    if comm == "gather" or settings[0][1] not in ("mse", "wasserstein")
+]
+CASES += [Case("contrastive", comm, ids, spread=20.0) for comm in ("gather", "ring") for ids in (False, True)]
+CASES += [
+    Case("relation_kl", comm, spread=20.0, settings=(("scope", scope), ("relation", "cosine")))
+    for comm in ("gather", "ring", "half_ring")
+    for scope in ("row", "matrix")
+]
+CASES += [Case(objective, ids=True, impl="reference") for objective in ("contrastive", "sigmoid")]
+CASES += [Case(objective, impl="reference", settings=settings) for objective, settings in RELATIONS[::3]]
+CASES += [Case("relation_kl", "auto"), Case("contrastive", "half_ring")]
+TRITON = [
+    Case(objective, comm, ids, dtype=torch.float32, spread=spread, impl="triton")
+    for objective, spread in (("contrastive", 1.0), ("contrastive", 6.0), ("sigmoid", 1.0))
+    for comm in ("gather", "ring")
+    for ids in (False, True)
+]
+
+
+class Small(nn.Module):
+    """Two towers, two trainable teachers, and every scalar that an objective may learn."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        tower = lambda: nn.Sequential(nn.Linear(FEATURES, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, D))  # noqa: E731
+        self.image, self.text = tower(), tower()
+        self.teachers = nn.ModuleList(nn.Linear(FEATURES, width) for width in (D_TEACHER, D))
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(14.3).log()), nn.Parameter(torch.tensor(-3.0))
+        self.teacher_weights = nn.Parameter(torch.tensor([0.7, 0.4]))
+        self.taus = nn.Parameter(torch.tensor([0.2, 0.1]))
+
+    def forward(self, inputs: torch.Tensor, ids: torch.Tensor, case: Case, ranks: Ranks) -> torch.Tensor:
+        """The loss of all ranks' rows; `inputs` (2, b, FEATURES), `ids` (b,) are this rank's."""
+        chunk = len(ids) // case.chunks if case.chunks > 1 else None
+        unit = lambda tower: lambda rows: case.spread * F.normalize(tower(rows), dim=1)  # noqa: E731
+        image, text = (in_chunks(unit(t), chunk, rows) for t, rows in zip((self.image, self.text), inputs, strict=True))
+        how = {"ranks": ranks, "comm": case.comm, "impl": case.impl}
+        pair_id = ids if case.ids else None
+        if case.objective == "contrastive":
+            return sharded_contrastive_loss(image, text, self.log_scale.exp(), pair_id=pair_id, **how)
+        if case.objective == "sigmoid":
+            return sharded_sigmoid_loss(image, text, self.log_scale.exp(), self.bias, pair_id=pair_id, **how)
+        teachers = [unit(teacher)(inputs[0]) for teacher in self.teachers]
+        settings = dict(case.settings)
+        if case.objective == "relation_match":
+            tau = self.taus[0]
+            return sharded_relation_match_loss(
+                image, teachers, self.teacher_weights, temperature=tau, **settings, **how
+            )
+        taus = {"student_temperature": self.taus[0], "teacher_temperature": self.taus[1]}
+        return sharded_relation_kl_loss(
+            image, teachers, teacher_weights=self.teacher_weights, **taus, **settings, **how
+        )
+
+
+def inputs_of(rows: slice = slice(0, N)) -> tuple[torch.Tensor, torch.Tensor]:
+    """((2, b, FEATURES) float64, (b,) ids) of some of the N pairs; numbers of float32, the same in both dtypes."""
+    return torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(1)).double()[:, rows], IDS[rows]
+
+
+def gradient(case: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The loss, and each parameter's gradient after the average that an engine makes."""
+    model = Small().to(case.dtype)
+    b = N // ranks.size
+    inputs, ids = inputs_of(slice(ranks.rank * b, (ranks.rank + 1) * b))
+    loss = model(inputs.to(case.dtype), ids, case, ranks)
+    loss.backward()
+    return {"loss": loss.detach()} | averaged(dict(model.named_parameters()), ranks)
+
+
+def averaged(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The gradients that there are, averaged over ranks in one go."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    flat = ranks.sum(torch.cat([grad.flatten() for grad in grads.values()])) / ranks.size
+    parts = flat.split([grad.numel() for grad in grads.values()])
+    return {name: part.view_as(grad) for (name, grad), part in zip(grads.items(), parts, strict=True)}
+
+
+def meta_gradient(case: Case, later: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Gradient of L(t) + 0.5 L_later(t - 0.3 grad L(t)), the inner gradient averaged over ranks and differentiated."""
+    model = Small().double()
+    b = N // ranks.size
+    inputs, ids = inputs_of(slice(ranks.rank * b, (ranks.rank + 1) * b))
+    parameters = dict(model.named_parameters())
+    inner = model(inputs, ids, case, ranks)
+    grads = torch.autograd.grad(inner, list(parameters.values()), create_graph=True, allow_unused=True)
+    moved = {
+        name: p if grad is None else p - 0.3 * mean_over_ranks(grad, ranks)
+        for (name, p), grad in zip(parameters.items(), grads, strict=True)
+    }
+    loss = inner + 0.5 * functional_call(model, moved, (inputs, ids, later, ranks))
+    loss.backward()
+    return {"loss": loss.detach()} | averaged(parameters, ranks)
+
+
+META = [
+    (Case("contrastive", ids=ids, impl=impl), Case("relation_kl", comm))
+    for ids, comm, impl in ((False, "gather", "chunked"), (True, "half_ring", "chunked"), (True, "ring", "reference"))
+]
+
+
+def meetings(way, rows: int, ranks: Ranks) -> torch.Tensor:
+    """(W b, W b) how often row i met column j, and whether the columns' sums came home to the right owner."""
+    everyone = torch.zeros(ranks.size * rows, ranks.size * rows, dtype=torch.int64)
+    first = ranks.rank * rows
+    own = torch.arange(first, first + rows)
+
+    def visit(block: Block):
+        assert block.held[0].tolist() == list(range(block.columns.start, block.columns.stop))
+        assert (block.riding[0] == -block.held[0]).all()
+        mine = own[block.rows]
+        everyone[mine[:, None], block.held[0]] += 1
+        if block.role == "triangle":
+            return []
+        assert block.offset is None or block.offset == first - block.columns.start
+        return [block.held[0] * len(mine)]
+
+    held = way(ranks).hold(own)
+    (home,) = way(ranks).sweep(held, [-own], visit)
+    everyone = ranks.sum(everyone)
+    visits = everyone[:, own].sum(0) - (rows if way is HalfRing else 0)
+    assert home.tolist() == (own * visits).tolist()
+    return everyone
+
+
+def costs(ranks: Ranks) -> dict[str, tuple[dict[str, int], int]]:
+    """Bytes received by kind, and operations, of one step of (32, 64) embeddings a rank, by objective and comm."""
+    generator = torch.Generator().manual_seed(ranks.rank)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = (
+            F.normalize(torch.randn(32, 64, generator=generator), dim=1).to(dtype).requires_grad_() for _ in range(2)
+        )
+        calls = {
+            "contrastive": lambda how, x=x, y=y: sharded_contrastive_loss(x, y, 14.3, **how),
+            "relation_kl": lambda how, x=x, y=y: sharded_relation_kl_loss(
+                x, y.detach(), student_temperature=0.1, teacher_temperature=0.1, **how
+            ),
+        }
+        for name, call in calls.items():
+            for comm in ("gather", "ring", "half_ring"):
+                with count_traffic() as traffic, FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
+                    call({"ranks": ranks, "comm": comm}).backward()
+                found[f"{name} {comm} {dtype}"] = dict(traffic), flops.get_total_flops()
+    return found
+
+
+def one_row_each(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """This rank's gradient, times 1 / W, where it has a single row: half a block is then no row at all."""
+    row = inputs_of(slice(ranks.rank, ranks.rank + 1))[0]
+    found = {}
+    for comm in ("gather", "ring", "half_ring"):
+        x, z = (part.clone().requires_grad_() for part in row)
+        loss = relation(x, ranks, teacher=z, comm=comm)
+        loss = loss + sharded_relation_match_loss(x, [z], [0.7], temperature=1.0, ranks=ranks, comm=comm)
+        loss.backward()
+        found[comm] = torch.stack([x.grad, z.grad]) / ranks.size
+    return found
+
+
+def refusals(ranks: Ranks) -> dict[str, str]:
+    """What this rank is told where the ranks disagree, or ask for a derivative that there is not."""
+    odd = ranks.rank == 1
+    rows = F.normalize(torch.randn(4, D), dim=1).requires_grad_()
+    more = torch.cat([rows, rows[:1]])
+    attempts = {
+        "uneven": lambda: sharded_contrastive_loss(more if odd else rows, more if odd else rows, 10.0, ranks=ranks),
+        "empty": lambda: sharded_sigmoid_loss(
+            rows[:0] if odd else rows, rows[:0] if odd else rows, 1.0, 0.0, ranks=ranks
+        ),
+        "argument": lambda: relation(rows, ranks, student_temperature=-1.0 if odd else 1.0),
+        "unlike": lambda: relation(rows, ranks, scope="matrix" if odd else "row"),
+        "everyone": lambda: sharded_contrastive_loss(rows, rows, 10.0, ranks=ranks, comm="torus"),
+        "ring twice": lambda: derivative(rows, 2, ranks, "ring"),
+        "third": lambda: derivative(rows, 3, ranks, "gather"),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "accepted"
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def relation(rows: torch.Tensor, ranks: Ranks, teacher: torch.Tensor | None = None, **settings) -> torch.Tensor:
+    settings = {"student_temperature": 1.0, "teacher_temperature": 1.0} | settings
+    return sharded_relation_kl_loss(rows, rows.detach() ** 2 if teacher is None else teacher, ranks=ranks, **settings)
+
+
+def derivative(rows: torch.Tensor, order: int, ranks: Ranks, comm: str) -> None:
+    value = sharded_contrastive_loss(rows, rows.detach() ** 2, 10.0, ranks=ranks, comm=comm)
+    for _ in range(order - 1):
+        value = torch.autograd.grad(value, rows, create_graph=True)[0].square().sum()
+    value.backward()
+
+
+def half_precision(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """bfloat16 embeddings of this rank: their gradients, times 1 / W."""
+    inputs, _ = inputs_of(slice(ranks.rank * N // ranks.size, (ranks.rank + 1) * N // ranks.size))
+    x, y = (F.normalize(rows, dim=1).bfloat16().requires_grad_() for rows in inputs)
+    sharded_contrastive_loss(x, y, 14.3, ranks=ranks).backward()
+    return {"image": x.grad / ranks.size, "text": y.grad / ranks.size}
+
+
+def on_rank(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    ranks = Ranks(rank, size, torch.device("cpu"), dist.group.WORLD)
+    found = {
+        "meta": [meta_gradient(*pair, ranks) for pair in META],
+        "meetings": {
+            (way.__name__, rows): meetings(way, rows, ranks) for way in (Gather, Ring, HalfRing) for rows in (1, 3, 4)
+        },
+        "refusals": refusals(ranks),
+        "one row": one_row_each(ranks),
+    }
+    if size != 3:
+        found |= {"cases": {str(case): gradient(case, ranks) for case in CASES}}
+        found |= {"costs": costs(ranks), "half": half_precision(ranks)}
+    if size == 2:
+        found |= {"triton": {str(case): gradient(case, ranks) for case in TRITON}}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

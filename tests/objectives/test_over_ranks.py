@@ -1,0 +1,186 @@
+"""Every objective over ranks against one process: losses, gradients of every parameter, second order, bytes, refusals.
+
+One launch of gloo ranks a world size runs all its cases; the tests compare what rank 0 found with the dense loss of one
+process in float64. Three ranks, an odd number, run what depends on how blocks meet.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from tests.objectives import over_ranks as o
+from vlscale.distributed import Ranks
+from vlscale.kernels import primitives as p
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory):
+    """What each rank of a world of this size found."""
+
+    launched: dict[int, list[dict] | None] = {}
+
+    def launch(size: int) -> list[dict]:
+        if size not in launched:
+            launched[size] = None
+            folder = tmp_path_factory.mktemp(f"world{size}")
+            multiprocessing.spawn(o.on_rank, (size, str(folder)), nprocs=size)
+            launched[size] = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+        assert launched[size], "this world failed when the first test asked for it"
+        return launched[size]
+
+    return launch
+
+
+@functools.cache
+def truth(case: o.Case) -> dict[str, torch.Tensor]:
+    return o.gradient(replace(case, comm="gather", chunks=1, dtype=torch.float64, impl="reference"), Ranks())
+
+
+def check(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], bound: float) -> None:
+    """Each parameter within `bound` of its gradient, or of a thousandth of the whole where its own is next to zero."""
+    assert got.keys() == exact.keys()
+    parameters = [value for name, value in exact.items() if name != "loss"]
+    floor = 1e-3 * torch.cat([value.flatten() for value in parameters]).norm() / len(parameters) ** 0.5
+    assert floor > 0
+    for name, value in exact.items():
+        error = (got[name].double() - value).norm() / max(value.norm(), floor)
+        assert error <= bound, f"{name}: off by {error:.1e}"
+
+
+def bound_of(case: o.Case) -> float:
+    if case.dtype == torch.float32:
+        return 1e-5
+    return 1e-9 if case.spread != 1 else 1e-10  # logits of thousands lose digits themselves
+
+
+def truth_of(case: o.Case) -> dict[str, torch.Tensor]:
+    return truth(replace(case, comm="gather", chunks=1, dtype=torch.float64, impl="reference"))
+
+
+@pytest.mark.parametrize("case", o.CASES, ids=str)
+def test_one_rank_is_the_kernels_own(case):
+    check(o.gradient(case, Ranks()), truth_of(case), bound_of(case))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", o.CASES, ids=str)
+def test_gradients_over_ranks(found, size, case):
+    ranks = [each["cases"][str(case)] for each in found(size)]
+    assert len({float(each["loss"]) for each in ranks}) == 1
+    check(ranks[0], truth_of(case), bound_of(case))
+
+
+@pytest.mark.parametrize("case", o.TRITON, ids=str)
+def test_gradients_over_ranks_in_triton(found, case):
+    check(found(2)[0]["triton"][str(case)], truth_of(case), bound_of(case))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("index", range(len(o.META)), ids=[str(case) for case, _ in o.META])
+def test_second_order_over_ranks(found, size, index):
+    dense = [replace(case, comm="gather", impl="reference") for case in o.META[index]]
+    check(found(size)[0]["meta"][index], o.meta_gradient(*dense, Ranks()), 1e-10)
+
+
+@torch.no_grad()
+def test_the_spread_cases_need_the_fallback():
+    """Embeddings this long leave sums unsound over one reference, in the dtype they are run in."""
+    for case in o.CASES + o.TRITON:
+        if case.spread != 1 and case.objective == "contrastive":
+            model = o.Small().to(case.dtype)
+            x, y = (
+                case.spread * torch.nn.functional.normalize(tower(rows), dim=1)
+                for tower, rows in zip((model.image, model.text), o.inputs_of()[0].to(case.dtype), strict=True)
+            )
+            scale = model.log_scale.exp()
+            ref = p.fixed_reference(p.contrastive_bound(x, y, scale), case.dtype)
+            rows, _ = p.contrastive_statistics(x, y, scale, ref, ref, p.Positives(None, None, 0))
+            assert not p.sums_are_sound(o.N, rows[0] + rows[1])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_half_precision(found, size):
+    inputs, _ = o.inputs_of()
+    x, y = (torch.nn.functional.normalize(rows, dim=1).bfloat16().double().requires_grad_() for rows in inputs)
+    o.sharded_contrastive_loss(x, y, 14.3, ranks=Ranks(), impl="reference").backward()
+    for name, exact in (("image", x.grad), ("text", y.grad)):
+        got = torch.cat([each["half"][name] for each in found(size)])
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_how_blocks_meet(found, size, rows):
+    """Gather and ring: every row and column once. Half ring: every pair of ranks' rows once, one way or the other."""
+    meetings = found(size)[0]["meetings"]
+    for way in ("Gather", "Ring"):
+        assert (meetings[way, rows] == 1).all()
+    half = meetings["HalfRing", rows]
+    owner = torch.arange(size * rows) // rows
+    same = owner[:, None] == owner[None, :]
+    assert ((half + half.T)[~same] == 1).all() and (half[same] == 1).all()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("comm", ["gather", "ring", "half_ring"])
+def test_one_row_a_rank(found, size, comm):
+    x, z = (part.clone().requires_grad_() for part in o.inputs_of(slice(0, size))[0])
+    loss = o.relation(x, Ranks(), teacher=z, impl="reference")
+    (loss + o.sharded_relation_match_loss(x, [z], [0.7], temperature=1.0, ranks=Ranks(), impl="reference")).backward()
+    got = torch.cat([each["one row"][comm] for each in found(size)], 1)
+    torch.testing.assert_close(got, torch.stack([x.grad, z.grad]), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_received(found, size, dtype):
+    """Within 5 % of the formulas on paper, with b rows of width d a rank, e bytes an element."""
+    b, d, e = 32, 64, dtype.itemsize
+    share = (size - 1) * b
+    expected = {
+        "contrastive gather": share * (d * e + 4 * d + 8),
+        "contrastive ring": share * (2 * d * e + 4) + size * b * (4 + 4 * d),
+        "relation_kl gather": share * (2 * d * e + 8),
+        "relation_kl ring": share * (4 * d * e + 8),
+    }
+    for name, formula in expected.items():
+        for each in found(size):
+            received = sum(each["costs"][f"{name} {dtype}"][0].values())
+            assert 0.95 * formula <= received <= 1.05 * formula, (name, received, formula)
+    whole = sum(sum(each["costs"][f"relation_kl half_ring {dtype}"][0].values()) for each in found(size))
+    assert whole <= 1.05 * size * (size / 2) * b * (4 * d * e + 32 + 4 * d)
+    kinds = found(size)[0]["costs"]
+    assert set(kinds[f"contrastive gather {dtype}"][0]) == {"all_gather", "reduce_scatter", "all_reduce"}
+    assert set(kinds[f"contrastive ring {dtype}"][0]) == {"transfer", "all_reduce"}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_nothing_is_computed_twice(found, size):
+    """Products of 2 N^2 D operations over all ranks are one process's; a rank's own block is a whole square here."""
+    products = {"contrastive gather": 4, "contrastive ring": 4, "relation_kl gather": 5, "relation_kl ring": 5}
+    products |= {"relation_kl half_ring": 3 + 2 / size}
+    for name, expected in products.items():
+        operations = [each["costs"][f"{name} torch.float32"][1] for each in found(size)]
+        assert sum(operations) == pytest.approx(expected * 2 * (32 * size) ** 2 * 64)
+        assert max(operations) <= 1.01 * min(operations)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rank_hears_what_is_wrong(found, size):
+    told = [each["refusals"] for each in found(size)]
+    for each in told:
+        assert each["uneven"].startswith(
+            "ValueError: contrastive loss: every rank needs the same number of rows, rank 0"
+        )
+        assert "rank 0 has 4, rank 1 has 5" in each["uneven"]
+        assert "comm: expected one of auto, gather, ring, half_ring, got 'torus'" in each["everyone"]
+        assert each["ring twice"].startswith("ValueError") and "engine.comm=gather" in each["ring twice"]
+        assert each["third"].startswith("RuntimeError")
+        assert "row cosine gather" in each["unlike"] and "rank 1 has width 8" in each["unlike"]
+    assert [each["empty"].startswith("ValueError: image_emb: expected at least one row") for each in told[:2]] == [0, 1]
+    assert "rank 1 refused its input: image_emb: expected at least one row" in told[0]["empty"]
+    assert "rank 1 refused its input: student_temperature: expected a finite positive" in told[0]["argument"]

@@ -1,0 +1,73 @@
+"""Relations of this rank's rows with one block of columns: how `Block` maps onto the kernels' sweeps.
+
+Legend: b rows of this rank, n columns of a block, K teachers, F features of all segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlscale.distributed import Block, Blocks
+from vlscale.kernels import primitives as p
+
+
+def describe_relation(student: Tensor, teachers: Sequence[Tensor]) -> list[str]:
+    """What ranks must agree on."""
+    return [f"width {emb.shape[1]} {emb.dtype}" for emb in (student, *teachers)]
+
+
+def join_teachers(teachers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(b, sum of widths), in the teachers' own dtype, which is how they travel, where they share one."""
+    if len(teachers) == 1:
+        return teachers[0]
+    kinds = {teacher.dtype for teacher in teachers}
+    kind = dtype if len(kinds) > 1 else teachers[0].dtype
+    return torch.cat([teacher.to(kind) for teacher in teachers], 1)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's embeddings: this rank's rows (b, F), weights (K,) in the compute dtype, segment widths."""
+
+    rows: Tensor
+    weights: Tensor
+    widths: list[int]
+    kind: str
+
+    def alone(self) -> p.Relation:
+        """Against this rank's own rows."""
+        rows = self.rows.to(self.weights.dtype)
+        return p.Relation(rows, rows, self.weights, self.widths, self.kind)
+
+    def against(self, columns: Tensor, block: Block) -> p.Relation:
+        """The block's rows against its columns (n, F), which came as they travelled."""
+        dtype = self.weights.dtype
+        rows = self.rows[block.rows].to(dtype)
+        columns = rows if block.role == "triangle" else columns.to(dtype)
+        return p.Relation(rows, columns, self.weights, self.widths, self.kind)
+
+
+class Collected:
+    """A side's gradient as it comes in: rows (b, F) from every block, weights (K,) this rank's part."""
+
+    def __init__(self, side: Side):
+        self.rows = side.weights.new_zeros(side.rows.shape)
+        self.weights = torch.zeros_like(side.weights)
+
+    def add(self, gradient: p.RelationGradient, block: Block) -> list[Tensor]:
+        """Returns what belongs to the columns' owner: (n, F), or nothing where they are not served."""
+        rows, columns, weights = gradient.finish()
+        self.rows[block.rows] += rows
+        self.weights += weights
+        return [] if columns is None else [columns]
+
+
+def collect(
+    blocks: Blocks, held: Sequence[Tensor], riding: Sequence[Tensor], visit, sides: Sequence[Collected]
+) -> None:
+    """Sweep; what other ranks computed for this rank's rows is added to `sides`, in the order `visit` answered."""
+    returned = blocks.sweep(held, riding, visit)
+    for side, rows in zip(sides, returned, strict=bool(returned)):
+        side.rows += rows
