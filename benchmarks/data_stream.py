@@ -1,21 +1,20 @@
-"""One key stream for all: every (ranks, workers, prefetch), killed and resumed at other ranks, on 50,000 pairs.
+"""One key stream for all: every (ranks, workers, prefetch), and resumed at other ranks, on 50,000 pairs.
 
-    python benchmarks/data_stream.py [--pairs 50000] [--steps 60] [--shards FOLDER] [--json FILE]
+    vlscale bench stream [--out FOLDER] [--pairs 50000] [--steps 60] [--shards FOLDER]
 
-`--shards` takes another corpus, such as emoji shards, in place of the synthetic one.
+Writes stream.csv and stream.md into FOLDER. `--shards` takes another corpus, such as emoji shards.
 """
 
 import argparse
 import hashlib
 import itertools
-import json
 import logging
-import os
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from common import provenance
+from data_table import Row, write
 
 from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import StreamState, merge_states
@@ -51,53 +50,66 @@ def run(
     return seen, merge_states([stream.state for stream in streams])
 
 
-def compare(data: DataConfig, tokenizer, steps: int) -> dict:
+def compare(data: DataConfig, tokenizer, steps: int) -> tuple[list[Row], bool]:
+    """A row for each (ranks, workers, prefetch) and for a run that changes its ranks; whether all gave one stream."""
     expected, after = run(data, tokenizer, steps, 1)
-    rates = {}
+    rows, what = [], f"pairs a second with start, {steps} batches of {BATCH}"
+
+    def add(pipeline: str, pairs: int, seconds: float, same: bool, **setting) -> None:
+        status = "ok" if same else "ANOTHER STREAM"
+        rows.append(Row(what, pipeline, [pairs / seconds], status=status, **setting))
+
     for ranks, workers, prefetch in GRID:
         own = data.model_copy(update={"workers": workers, "prefetch": prefetch})
         start = time.perf_counter()
         seen, state = run(own, tokenizer, steps, ranks)
-        rates[f"ranks {ranks}, workers {workers}, prefetch {prefetch}"] = round(
-            steps * BATCH / (time.perf_counter() - start)
-        )
-        if seen != expected or state.rows.tolist() != after.rows.tolist():
-            raise AssertionError(f"another stream at ranks {ranks}, workers {workers}, prefetch {prefetch}")
-    state, resumed = None, []
+        same = seen == expected and state.rows.tolist() == after.rows.tolist()
+        name = f"ranks {ranks}, prefetch {prefetch}"
+        add(name, steps * BATCH, time.perf_counter() - start, same, workers=workers)
+    state, resumed, start = None, [], time.perf_counter()
     for ranks in (4, 2, 4):
         seen, state = run(data, tokenizer, steps // 3, ranks, state)
         resumed += seen
-    if resumed != expected[: len(resumed)]:
-        raise AssertionError("another stream after 4 -> 2 -> 4 ranks")
-    return {"stream": hashlib.sha256("".join(expected).encode()).hexdigest()[:16], "pairs_a_second_with_start": rates}
+    seconds = time.perf_counter() - start
+    add("ranks 4, then 2, then 4", len(resumed) * BATCH, seconds, resumed == expected[: len(resumed)], workers=0)
+    return rows, all(row.status == "ok" for row in rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--shards", type=Path)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 when two of them gave different streams."""
+    given = arguments_of(argv)
     logging.getLogger("vlscale").setLevel(logging.ERROR)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
-        folder, made = arguments.shards, None
+        folder = given.shards
         if folder is None:
             folder, start = Path(place) / "corpus", time.perf_counter()
-            make_corpus(folder, synth_config(pairs=arguments.pairs, val_pairs=0), progress=False)
-            made = round(arguments.pairs / (time.perf_counter() - start))
-        data = DataConfig(train=[str(folder)], caption_key="json:captions", manifest_dir=str(Path(place) / "indexes"))
-        found = {
-            "command": " ".join(["python", *sys.argv]),
-            "corpus": f"{arguments.pairs} synthetic pairs" if made else folder.name,
-            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-            "synthetic_pairs_made_a_second": made,
-            **compare(data, train_tokenizer(["a red circle"], 300, 64), arguments.steps),
-        }
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            make_corpus(folder, synth_config(pairs=given.pairs, val_pairs=0), progress=False)
+            seconds = time.perf_counter() - start
+            rows.append(Row("synthetic pairs made a second", "vlscale", [given.pairs / seconds]))
+        data = DataConfig(train=[str(folder)], caption_key=given.caption_key, manifest_dir=str(Path(place) / "indexes"))
+        found, same = compare(data, train_tokenizer(["a red circle"], 300, 64), given.steps)
+    command = f"vlscale bench stream --pairs {given.pairs} --steps {given.steps}"
+    about = provenance(command + (f" --shards {given.shards.name}" if given.shards else ""))
+    verdict = "One stream of keys and pictures in every row." if same else "The rows do NOT give one stream."
+    print(write(given.out, "stream", "One stream for all", f"{about}\n\n{verdict}", rows + found))
+    return 0 if same else 1
+
+
+def arguments_of(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vlscale bench stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-stream"), help="folder of the results")
+    parser.add_argument("--pairs", type=int, default=50_000, help="of the synthetic corpus")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--shards", type=Path, help="a folder of shards in place of the synthetic corpus")
+    parser.add_argument("--caption-key", default="json:captions")
+    given = parser.parse_args(argv)
+    if given.steps < 3 or given.pairs < BATCH:
+        raise ValueError(f"expected --steps of at least 3 and --pairs of at least {BATCH}")
+    return given
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -19,7 +19,8 @@ def test_synth_writes_a_corpus_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["synth"], ["index"], ["check"], *[["import", name] for name in ("emoji", "karpathy", "lists")]]
+    "command",
+    [["synth"], ["index"], ["check"], ["teach"], ["import", "emoji"], ["import", "karpathy"], ["import", "lists"]],
 )
 def test_every_command_has_help(command):
     assert run(*command, "--help").exit_code == 0

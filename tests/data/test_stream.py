@@ -12,7 +12,9 @@ import torch
 
 from vlscale.data.keyed import hash64
 from vlscale.data.lanes import LANE_STATE, BlockTable, SourceLane, choose_lanes, merge_states
+from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream
+from vlscale.data.tokens import tokenise_and_count
 from vlscale.sections import AugmentConfig
 
 
@@ -344,3 +346,24 @@ def test_the_order_of_a_billion_samples_needs_little_memory():
     assert table.num_samples == 10**9 and table.block_size == 1000
     assert len(seen) == 128_000 and len({shard for _, shard, _ in seen}) > 60 * 8 * 0.9
     assert peak < 150e6
+
+
+def test_all_captions_train_in_turn_each_once_in_as_many_passes(run_stream, corpus, make_config):
+    data = make_config(corpus, train=[str(corpus / "val-*.tar")], captions="all")
+    rows, _ = run_stream(60 * 6 // 4, data=data, batch_size=4)
+    said: dict[str, list[str]] = {}
+    for (batch,) in rows:
+        for key, caption in zip(batch.keys, batch.captions, strict=True):
+            said.setdefault(key, []).append(caption)
+    captions = {sample.key: sample.captions for sample in read_samples(data.train, data)}
+    assert len(said) == 60 and all(len(texts) >= 5 for texts in said.values())
+    for key, texts in said.items():
+        assert sorted(texts[: len(captions[key])]) == sorted(captions[key])
+    assert len({captions[key].index(texts[0]) for key, texts in said.items()}) > 1
+
+
+def test_batches_hold_the_tokens_of_their_captions(run_stream, tokenizer):
+    ((batch,),) = run_stream(1, second_caption=True, max_length=14)[0]
+    ids, mask, cut = tokenise_and_count(tokenizer, batch.captions, 14)
+    assert torch.equal(batch.input_ids, ids) and torch.equal(batch.attention_mask, mask)
+    assert batch.truncated == cut > 0 and batch.second_input_ids.shape[0] == 64

@@ -1,18 +1,18 @@
-"""`vlscale data ...`: make, import, check and index corpora."""
+"""`vlscale data ...`: make, import, check and index corpora, and embed them by teachers."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make, import, check and index corpora.", no_args_is_help=True)
+from vlscale.cli.corpus import CaptionKey, ImageKeys, ManifestDir, Urls, corpus
+from vlscale.cli.teach import teach
+
+app = typer.Typer(help="Make, import, check and index corpora, and embed them by teachers.", no_args_is_help=True)
 importers = typer.Typer(help="Make shards from a public source.", no_args_is_help=True)
 app.add_typer(importers, name="import")
+app.command()(teach)
 
-Urls = Annotated[list[str], typer.Argument(help="Shards: paths, folders, brace lists, globs; `::` joins several.")]
-ImageKeys = Annotated[str, typer.Option(help="Extensions of the picture, the first that a sample has.")]
-CaptionKey = Annotated[str, typer.Option(help="Extension of the caption, or json:FIELD.")]
-ManifestDir = Annotated[Path | None, typer.Option(help="Where indexes are kept; default: beside the shards.")]
 Processes = Annotated[int | None, typer.Option(help="Default: one a core.")]
 
 
@@ -67,7 +67,7 @@ def index(
     """Index shards ahead of training; a second run goes on where one was stopped."""
     from vlscale.data.indexing import index_shards
 
-    shards, data = _corpus(urls, image_keys, caption_key, manifest_dir)
+    shards, data = corpus(urls, image_keys, caption_key, manifest_dir)
     manifest = index_shards(shards, data, processes=processes)
     typer.echo(f"{len(shards):,} shards, {manifest.num_samples:,} samples, hash {manifest.hash}")
     for reason, count in manifest.skipped.most_common():
@@ -92,7 +92,7 @@ def check(
     from vlscale.data.contact_sheet import save_contact_sheet
     from vlscale.data.manifest import build_manifest
 
-    shards, data = _corpus(urls, image_keys, caption_key, manifest_dir)
+    shards, data = corpus(urls, image_keys, caption_key, manifest_dir)
     report = check_corpus(shards, data, duplicates=duplicates, processes=processes)
     summary = report.summary()
     for name, value in summary.items():
@@ -108,19 +108,6 @@ def check(
         )
     if sheet:
         save_contact_sheet(sheet, build_manifest(shards, data), data)
-
-
-def _corpus(urls: list[str], image_keys: str, caption_key: str, manifest_dir: Path | None):
-    """(shards, data config) of a command's arguments."""
-    from vlscale.data.urls import expand
-    from vlscale.sections import DataConfig
-
-    data = DataConfig(
-        image_keys=[key.strip() for key in image_keys.split(",") if key.strip()],
-        caption_key=caption_key,
-        manifest_dir=str(manifest_dir) if manifest_dir else None,
-    )
-    return expand([part for url in urls for part in url.split("::")], "the shards"), data
 
 
 def _line(value) -> str:

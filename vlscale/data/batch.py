@@ -22,4 +22,6 @@ class Batch:
     state: StreamState  # of this rank's lanes, after this batch
     epoch: float  # passes over the corpus so far
     skipped: int  # samples of this rank's lanes that failed so far
+    teacher_image: Tensor | None = None  # (B, D_image) float32 unit rows of a teacher cache, of the picture unaugmented
+    teacher_text: Tensor | None = None  # (B, D_text), of the caption that trains
     truncated: int = 0  # captions of this batch that were longer than the model takes, and were cut

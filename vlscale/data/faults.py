@@ -15,3 +15,15 @@ class BadShard(ValueError):
 
 class DamagedShard(BadShard):
     """A shard that is no complete tar: a property of its bytes, so every process finds the same."""
+
+
+class UnreadableShard(BadShard):
+    """A shard that could not be read while the stream was running, after all tries; `shard` is its place in the
+    manifest. Other ranks may still be able to read it."""
+
+    def __init__(self, shard: int, message: str):
+        super().__init__(shard, message)
+        self.shard, self.message = shard, message
+
+    def __str__(self) -> str:
+        return self.message

@@ -4,6 +4,7 @@ It is a pure function of (counts of the shards, V, K, seed): nothing about ranks
 lane's place in it is three numbers a source. S shards, n samples, V lanes, K blocks a window.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,8 @@ class StreamState:
     first: int
     weights: tuple[float, ...]  # of the sources
     rows: np.ndarray  # (lanes of this part, sources) LANE_STATE
+    buckets: int = 1  # as data.length_buckets
+    quarantined: tuple[int, ...] = ()  # shards that all lanes leave out from here on
 
     def part(self, first: int, count: int) -> "StreamState":
         """Lanes `first` to `first + count`, which have to lie in this state."""
@@ -45,7 +48,7 @@ class StreamState:
         rows = self.rows.copy()
         rows["epoch"] += 1
         rows["window"] = rows["position"] = 0
-        return replace(self, manifest=manifest, rows=rows)
+        return replace(self, manifest=manifest, rows=rows, quarantined=())
 
 
 def merge_states(states: list[StreamState]) -> StreamState:
@@ -102,12 +105,30 @@ class BlockTable:
         return np.repeat(shard, length), shift + np.arange(int(length.sum()))
 
 
+Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # shards and places (m,) to lengths of captions (m,)
+
+
 class SourceLane:
-    """A lane's share of one source: an endless sequence of (epoch, shard, place in the shard)."""
+    """A lane's share of one source: an endless sequence of (epoch, shard, place in the shard).
+
+    With `buckets` above one, the captions of a window come in so many groups of alike length. The groups' order is that
+    of all lanes, and their windows are about equally long, so that a global batch holds captions of alike length.
+    """
 
     def __init__(
-        self, table: BlockTable, source: int, lane: int, *, lanes: int, window: int, seed: int, state: np.void
+        self,
+        table: BlockTable,
+        source: int,
+        lane: int,
+        *,
+        lanes: int,
+        window: int,
+        seed: int,
+        state: np.void,
+        buckets: int = 1,
+        lengths: Lengths | None = None,
     ):
+        self.buckets, self.lengths = buckets, lengths
         self.table, self.source, self.lane, self.lanes, self.seed = table, source, lane, lanes, seed
         self.window_blocks = window
         self.share = len(range(lane, table.num_blocks, lanes))
@@ -147,7 +168,18 @@ class SourceLane:
         shards, places = self.table.samples(blocks)
         key = hash64("window", self.seed, self.source, self.epoch, self.lane, self.window)
         order = np.argsort(random64(key, len(shards)), kind="stable")
-        self._shards, self._places = shards[order].tolist(), places[order].tolist()
+        shards, places = shards[order], places[order]
+        if self.buckets > 1:
+            order = self._by_length(self.lengths(shards, places))
+            shards, places = shards[order], places[order]
+        self._shards, self._places = shards.tolist(), places.tolist()
+
+    def _by_length(self, lengths: np.ndarray) -> np.ndarray:
+        """Shortest to longest in equal groups, each in the order it has, the groups in one that lanes share."""
+        groups = np.array_split(np.argsort(lengths, kind="stable"), self.buckets)
+        key = hash64("buckets", self.seed, self.source, self.epoch, self.window)
+        shuffled = np.argsort(random64(key, self.buckets), kind="stable")
+        return np.concatenate([np.sort(groups[group]) for group in shuffled])
 
 
 class Lane:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vlscale.data.faults import BadSample
+from vlscale.data.fast_tokens import FastTokens, TokenRows
+from vlscale.data.faults import BadSample, BadShard, UnreadableShard
 from vlscale.data.images import NUM_DRAWS, ImageSpec, decode_train
 from vlscale.data.keyed import hash64, uniforms
 from vlscale.data.lanes import LANE_STATE, BlockTable, Lane, SourceLane
 from vlscale.data.manifest import Manifest
 from vlscale.data.reader import Sample, SampleReader
+from vlscale.data.teacher_join import TeacherJoin
 from vlscale.sections import DataConfig
 
 _MOST_FAILURES = 1000  # in a row, in one lane
@@ -36,6 +38,10 @@ class Part:
     states: np.ndarray  # (lanes of the part, sources) LANE_STATE, after these samples
     images: np.ndarray  # (b, S, S, 3) uint8
     second_images: np.ndarray | None
+    teacher_image: np.ndarray | None = None  # (b, D) float32
+    teacher_text: np.ndarray | None = None
+    tokens: TokenRows | None = None  # of the captions, where the tokenizer can be had here
+    second_tokens: TokenRows | None = None
     keys: list[str] = field(default_factory=list)
     pair_id: list[int] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
@@ -47,14 +53,16 @@ class Part:
         """Parts of neighbouring lanes as one."""
         if len(parts) == 1:
             return parts[0]
-        seconds = [part.second_images for part in parts]
-        lists = ("keys", "pair_id", "captions", "second_captions", "faults")
-        return cls(
-            np.concatenate([part.states for part in parts]),
-            np.concatenate([part.images for part in parts]),
-            None if seconds[0] is None else np.concatenate(seconds),
-            **{name: [item for part in parts for item in getattr(part, name)] for name in lists},
-        )
+        joined: dict = {}
+        for name, first in vars(parts[0]).items():
+            values = [getattr(part, name) for part in parts]
+            if isinstance(first, list):
+                joined[name] = list(itertools.chain(*values))
+            elif isinstance(first, TokenRows):
+                joined[name] = TokenRows.join(values)
+            else:
+                joined[name] = None if first is None else np.concatenate(values)
+        return cls(**joined)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ class LoaderJob:
     states: np.ndarray  # (lanes of the job, sources) LANE_STATE
     weights: tuple[float, ...]  # of the sources
     per_lane: int  # samples of each lane in one part
+    quarantined: frozenset[int] = frozenset()  # shards that are left out
+    teacher_cache: str | None = None  # folder whose rows are joined to the samples
+    tokenizer: str | None = None  # as `fast_tokens.state_of` gives it; None: captions are left as they are
 
     def split(self, count: int) -> list["LoaderJob"]:
         """At most `count` jobs, each of a run of these lanes."""
@@ -100,6 +111,8 @@ class PartLoader:
                         window=job.data.window,
                         seed=job.seed,
                         state=state,
+                        buckets=job.data.length_buckets,
+                        lengths=self._lengths,
                     )
                     for source, (table, state) in enumerate(zip(tables, states, strict=True))
                 ],
@@ -108,6 +121,8 @@ class PartLoader:
             )
             for i, states in enumerate(job.states)
         ]
+        self.teachers = None if job.teacher_cache is None else TeacherJoin(job.teacher_cache, job.manifest)
+        self.tokens = None if job.tokenizer is None else FastTokens(job.tokenizer)
         self.pair_field = pair_field(job.data)
         self.with_json = self.pair_field is not None or job.data.caption_key.startswith("json:")
 
@@ -116,9 +131,16 @@ class PartLoader:
         images = np.empty((count, side, side, 3), dtype=np.uint8)
         second_images = np.empty_like(images) if self.job.views.second_picture else None
         part = Part(np.zeros(self.job.states.shape, LANE_STATE), images, second_images)
+        if self.teachers is not None:
+            header = self.teachers.header
+            part.teacher_image = np.empty((count, header.image.width), np.float32)
+            part.teacher_text = np.empty((count, header.text.width), np.float32)
         for lane in self.lanes:
             for _ in range(self.job.per_lane):
                 self._place_one(lane, part)
+        if self.tokens is not None:
+            part.tokens = self.tokens(part.captions)
+            part.second_tokens = self.tokens(part.second_captions) if part.second_captions else None
         part.states[:] = [[source.state for source in lane.sources] for lane in self.lanes]
         return part
 
@@ -129,7 +151,7 @@ class PartLoader:
         """The next sample that is whole, of the source whose turn it is."""
         source = lane.choose()
         for _ in range(_MOST_FAILURES):
-            epoch, shard, row = source.next()
+            epoch, shard, row = self._next_place(source)
             try:
                 self._load(epoch, shard, row, part)
                 source.taken += 1
@@ -143,9 +165,16 @@ class PartLoader:
             "`vlscale data check` counts what is wrong"
         )
 
+    def _next_place(self, source: SourceLane) -> tuple[int, int, int]:
+        while True:
+            epoch, shard, row = source.next()
+            if shard not in self.job.quarantined:
+                return epoch, shard, row
+            source.skipped += 1
+
     def _load(self, epoch: int, shard: int, row: int, part: Part) -> None:
         """Appends the sample to `part`, or raises BadSample and leaves `part` as it was."""
-        sample = self.reader.read(shard, row, with_json=self.with_json)
+        sample = self._read(shard, row)
         key = hash64("sample", self.job.seed, epoch, sample.key)
         pair = pair_hash(sample, self.pair_field)
         draws = uniforms(key, 2 * NUM_DRAWS + 2)
@@ -153,22 +182,46 @@ class PartLoader:
         part.images[at] = self._decode(sample, draws[2 : 2 + NUM_DRAWS])
         if part.second_images is not None:
             part.second_images[at] = self._decode(sample, draws[2 + NUM_DRAWS :])
+        first, second = self._choose(sample, epoch, draws[:2])
+        if self.teachers is not None:
+            rows = self.teachers.rows(shard, sample.key, sample.captions, first)
+            part.teacher_image[at], part.teacher_text[at] = rows
         part.keys.append(sample.key)
         part.pair_id.append(pair)
-        first, second = self._choose(sample.captions, draws[:2])
-        part.captions.append(first)
+        part.captions.append(sample.captions[first])
         if self.job.views.second_caption:
-            part.second_captions.append(second)
+            part.second_captions.append(sample.captions[second])
+
+    def _lengths(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Bytes of captions, which go with their tokens and are in the index; 0 in a shard that is left out."""
+        found = np.zeros(len(shards), np.int64)
+        for shard in set(np.unique(shards).tolist()) - self.job.quarantined:
+            here = shards == shard
+            try:
+                found[here] = self.reader.text_sizes(shard, rows[here])
+            except BadShard as error:
+                raise UnreadableShard(shard, str(error)) from error
+        return found
+
+    def _read(self, shard: int, row: int) -> Sample:
+        try:
+            return self.reader.read(shard, row, with_json=self.with_json)
+        except BadShard as error:
+            raise UnreadableShard(shard, str(error)) from error
 
     def _decode(self, sample: Sample, draws: np.ndarray) -> np.ndarray:
         data = self.data
         return decode_train(sample.image, self.job.spec, data.augment, data.decode, data.max_pixels, draws)
 
-    def _choose(self, captions: list[str], draws: np.ndarray) -> tuple[str, str]:
-        """The caption that trains, and another one where there is another."""
-        first = int(draws[0] * len(captions)) if self.data.captions == "random" else 0
-        other = 1 + int(draws[1] * (len(captions) - 1))
-        return captions[first], captions[(first + other) % len(captions)]
+    def _choose(self, sample: Sample, epoch: int, draws: np.ndarray) -> tuple[int, int]:
+        """The number of the caption that trains, and of another one where there is another."""
+        captions = len(sample.captions)
+        if self.data.captions == "all":
+            first = (hash64("caption", self.job.seed, sample.key) + epoch) % captions
+        else:
+            first = int(draws[0] * captions) if self.data.captions == "random" else 0
+        other = 1 + int(draws[1] * (captions - 1))
+        return first, (first + other) % captions
 
 
 def pair_field(data: DataConfig) -> str | None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from vlscale.data.faults import BadShard, DamagedShard
+from vlscale.data.pipes import discard_copy, is_pipe, open_source, pipe_stamp
 from vlscale.data.shard_index import ShardIndex, ShardSummary, load_summary
-from vlscale.data.storage import open_shard, partial_of, scheme_of, stamp
+from vlscale.data.storage import partial_of, scheme_of, stamp
 from vlscale.data.tar import MemberKeys, index_shard
 from vlscale.logging import get_logger
 from vlscale.sections import DataConfig
@@ -97,16 +98,18 @@ def build_manifest(
 
 def shard_index(url: str, data: DataConfig) -> tuple[ShardSummary, Path]:
     """The shard's index, found or made: its summary, and where it lies."""
-    keys, now = member_keys(data), stamp(url)
+    keys, now = member_keys(data), pipe_stamp(url, data) if is_pipe(url) else stamp(url)
     places = _places(url, keys, data.manifest_dir)
     for place in places:
         summary = load_summary(place)
         if summary is not None and (summary.size, summary.version) == (now.size, now.version):
             return summary, place
-    shard = open_shard(url, data)
+    shard = open_source(url, data)
     try:
         index = index_shard(shard, url, keys, now.version)
     except DamagedShard as error:
+        if is_pipe(url):
+            discard_copy(url, data)
         if data.damaged_shards == "stop":
             raise
         return ShardSummary(now.size, now.version, 0, DAMAGED, {"damaged shard": 1}, [str(error)]), places[0]

@@ -5,10 +5,13 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from vlscale.data.faults import BadSample, BadShard
 from vlscale.data.manifest import Manifest
+from vlscale.data.pipes import open_source
 from vlscale.data.shard_index import ShardIndex
-from vlscale.data.storage import Shard, open_shard
+from vlscale.data.storage import Shard
 from vlscale.sections import DataConfig
 
 _OPEN_SHARDS = 128
@@ -49,6 +52,10 @@ class SampleReader:
             raise BadSample("empty caption", f"{self.manifest.urls[shard]} has no text in it")
         return Sample(index.key_at(key, key_size), picture, captions, meta)
 
+    def text_sizes(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Bytes of the captions' members, (m,)."""
+        return self._shard(shard)[0].rows["text_size"][rows]
+
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1][1].close()
@@ -60,7 +67,7 @@ class SampleReader:
         if len(self._open) >= _OPEN_SHARDS:
             self._open.popitem(last=False)[1][1].close()
         index, url = self.manifest.index(shard), self.manifest.urls[shard]
-        file = open_shard(url, self.data)
+        file = open_source(url, self.data)
         if file.size != index.size:
             file.close()
             raise BadShard(

@@ -15,7 +15,7 @@ __all__ = ["ImageSpec", "Sample", "decode_eval", "open_corpus", "read_manifest",
 
 def open_corpus(urls: list[str] | str | None, data: DataConfig, what: str = "data.val") -> Manifest:
     """The manifest of the shards that `urls` name; `what` is the config key to speak of in errors."""
-    return build_manifest(expand(urls, what), data)
+    return build_manifest(expand(urls, what, pipes=data.pipes), data)
 
 
 def read_samples(

@@ -26,7 +26,7 @@ SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "abfs", "az", "hdfs", "me
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 _TIMEOUT = 60.0  # seconds without an answer
 _GONE = (401, 403, 404, 410)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _ABANDONED = 3600.0  # seconds after which a partial copy belongs to nobody
 
 
@@ -149,7 +149,7 @@ def cached_copy(url: str, folder: Path, bound: int) -> Path | None:
             os.utime(copy)
             return copy
         folder.mkdir(parents=True, exist_ok=True)
-        if not _make_room(folder, found.size, bound):
+        if not make_room(folder, found.size, bound):
             get_logger().warning("shard %s is larger than data.cache_gb; it is read without the cache", url)
             return None
         return with_retries(lambda: _copy(url, copy, found.size), url)
@@ -167,7 +167,7 @@ def _copy(url: str, copy: Path, size: int) -> Path:
         os.replace(partial, copy)
         return copy
     except OSError as error:
-        if error.errno in _DISK:
+        if error.errno in DISK_FAULTS:
             raise CacheFull(error.errno, error.strerror) from error
         raise
     finally:
@@ -179,7 +179,8 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
 
 
-def _make_room(folder: Path, size: int, bound: int) -> bool:
+def make_room(folder: Path, size: int, bound: int) -> bool:
+    """Removes the copies used longest ago until `size` more bytes fit; False when they never can."""
     kept = []
     for path in folder.iterdir():
         try:

@@ -4,7 +4,6 @@ Global batch t is lane 0's next samples, then lane 1's, and so on; a rank owns a
 a thread, but each carries the state that belongs to it, so what was made ahead and not used is not lost.
 """
 
-import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlscale.data.ahead import Ahead
 from vlscale.data.batch import Batch
+from vlscale.data.fast_tokens import TokenRows, state_of
 from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import LANE_STATE, StreamState, choose_lanes, merge_states
 from vlscale.data.loader import LoaderJob, Part, PartLoader, Views
 from vlscale.data.manifest import build_manifest
-from vlscale.data.tokens import tokenise, tokenise_and_count
+from vlscale.data.tokens import padded, tokenise_and_count
 from vlscale.data.urls import expand_sources
 from vlscale.data.worker import WorkerPool
 from vlscale.logging import get_logger
@@ -27,14 +28,13 @@ from vlscale.sections import DataConfig
 __all__ = ["StreamState", "TrainStream", "merge_states"]
 
 _LONGEST = 512  # tokens, for tokenizers that name no length
-_POLL = 0.2  # seconds
 
 
 class TrainStream:
     """Rank `rank`'s part of the stream. `state` continues exactly after the batch that carried it.
 
     A state may hold more lanes than this rank's (`merge_states` of all ranks), so a run goes on at any world size that
-    divides the lanes.
+    divides the lanes. `teacher_cache`: a folder of `vlscale data teach`, whose rows join the batches by sample key.
     """
 
     def __init__(
@@ -51,11 +51,12 @@ class TrainStream:
         second_view: bool = False,
         second_caption: bool = False,
         max_length: int | None = None,
+        teacher_cache: str | None = None,
     ):
         self.data, self.spec, self.tokenizer = data, spec, tokenizer
         self.max_length = max_length or min(tokenizer.model_max_length, _LONGEST)
         lanes = choose_lanes(global_batch_size, world_size, data.lanes)
-        shards, sources = expand_sources(data.train)
+        shards, sources = expand_sources(data.train, pipes=data.pipes)
         self.manifest = build_manifest(shards, data, first=len(shards) * rank // world_size)
         if data.weights is not None:
             self.manifest = replace(self.manifest, sources=np.array(sources))
@@ -67,10 +68,10 @@ class TrainStream:
         self.global_batch_size = global_batch_size
         self.per_lane, self.lanes_here = global_batch_size // lanes, lanes // world_size
         self.first_lane, self.first_position = rank * self.lanes_here, rank * self.lanes_here * self.per_lane
-        self.views = Views(second_view, second_caption)
+        self.views, self.teacher_cache = Views(second_view, second_caption), teacher_cache
         weights = tuple(data.weights or [1.0])
         rows = np.zeros((lanes, len(weights)), LANE_STATE)
-        fresh = StreamState(self.manifest.hash, seed, lanes, data.window, 0, 0, weights, rows)
+        fresh = StreamState(self.manifest.hash, seed, lanes, data.window, 0, 0, weights, rows, data.length_buckets)
         if state is None:
             state = fresh
         elif state.manifest != fresh.manifest and data.changed_shards == "next_epoch":
@@ -79,9 +80,8 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on after the last batch that was handed out."""
-        made: queue.Queue = queue.Queue(self.data.prefetch)
-        stop = threading.Event()
-        thread = threading.Thread(target=self._make, args=(self.state, made, stop), name="vlscale-stream", daemon=True)
+        made: Ahead[Batch | BaseException] = Ahead(self.data.prefetch, self.data.read_ahead_mb * 1e6)
+        thread = threading.Thread(target=self._make, args=(self.state, made), name="vlscale-stream", daemon=True)
         thread.start()
         try:
             while True:
@@ -91,35 +91,50 @@ class TrainStream:
                 self.state = batch.state
                 yield batch
         finally:
-            stop.set()
+            made.close()
             thread.join()
 
-    def _make(self, state: StreamState, made: queue.Queue, stop: threading.Event) -> None:
+    def quarantine(self, shards: set[int], state: StreamState) -> None:
+        """Go on after `state`, a batch's or that of the start, without these shards; all ranks have to do so together.
+        What was made ahead is made again: the next iterator begins there."""
+        lost = sorted({*state.quarantined, *shards})
+        for counts in self.manifest.source_counts():
+            if counts.sum() and not np.delete(counts, lost).sum():
+                raise ValueError(
+                    f"{len(lost)} of {len(self.manifest.urls)} shards cannot be read, and a source has no other; "
+                    f"the last is {self.manifest.urls[lost[-1]]}"
+                )
+        self.state = replace(state, quarantined=tuple(lost))
+
+    def _make(self, state: StreamState, made: Ahead) -> None:
         """Runs in the thread: batches, or the exception that ended it, into `made`."""
         try:
             job = LoaderJob(
                 self.manifest, self.data, self.spec, self.views,
                 lanes=state.lanes, seed=state.seed, first=state.first, states=state.rows, weights=state.weights,
-                per_lane=self.per_lane,
+                per_lane=self.per_lane, quarantined=frozenset(state.quarantined), teacher_cache=self.teacher_cache,
+                tokenizer=state_of(self.tokenizer, self.max_length),
             )  # fmt: skip
             loader = WorkerPool(job, self.data.workers) if self.data.workers else PartLoader(job)
             try:
-                while not stop.is_set():
+                wanted = True
+                while wanted:
                     part = loader.next()
                     state = replace(state, samples=state.samples + self.global_batch_size, rows=part.states)
-                    _put(made, self._batch(part, state), stop)
+                    batch = self._batch(part, state)
+                    wanted = made.put(batch, _size(batch))
             finally:
                 loader.close()
         except Exception as error:
-            _put(made, error, stop)
+            made.put(error, 0)
 
     def _batch(self, part: Part, state: StreamState) -> Batch:
         for fault in part.faults:
             get_logger().warning("skipped sample %s", fault)
-        input_ids, attention_mask, cut = tokenise_and_count(self.tokenizer, part.captions, self.max_length)
+        input_ids, attention_mask, cut = self._tokens(part.tokens, part.captions)
         second = (None, None)
         if self.views.second_caption:
-            second = tokenise(self.tokenizer, part.second_captions, self.max_length)
+            second = self._tokens(part.second_tokens, part.second_captions)[:2]
         return Batch(
             keys=part.keys,
             captions=part.captions,
@@ -134,8 +149,15 @@ class TrainStream:
             state=state,
             epoch=state.samples / self.manifest.num_samples,
             skipped=int(part.states["skipped"].sum()),
+            teacher_image=None if part.teacher_image is None else torch.from_numpy(part.teacher_image),
+            teacher_text=None if part.teacher_text is None else torch.from_numpy(part.teacher_text),
             truncated=cut,
         )
+
+    def _tokens(self, tokens: TokenRows | None, captions: list[str]) -> tuple[Tensor, Tensor, int]:
+        if tokens is None:
+            return tokenise_and_count(self.tokenizer, captions, self.max_length)
+        return *padded(tokens, self.tokenizer), int(tokens.cut.sum())
 
 
 def _continue(state: StreamState, fresh: StreamState) -> StreamState:
@@ -145,6 +167,7 @@ def _continue(state: StreamState, fresh: StreamState) -> StreamState:
         "train.seed": (state.seed, fresh.seed),
         "data.lanes": (state.lanes, fresh.lanes),
         "data.window": (state.window, fresh.window),
+        "data.length_buckets": (state.buckets, fresh.buckets),
         "data.weights": (state.weights, fresh.weights),
     }
     for what, (saved, now) in changed.items():
@@ -161,9 +184,6 @@ def _channels_first(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def _put(made: queue.Queue, item, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            return made.put(item, timeout=_POLL)
-        except queue.Full:
-            continue
+def _size(batch: Batch) -> int:
+    """Bytes of its tensors."""
+    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))

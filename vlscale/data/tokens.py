@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vlscale.data.fast_tokens import TokenRows
+
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _ALPHABET_SHARE = 4  # single characters take at most a quarter of the vocabulary
 
@@ -47,7 +49,17 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length
 def tokenise_and_count(
     tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int
 ) -> tuple[Tensor, Tensor, int]:
-    """As `tokenise`, with how many captions were cut (0 from tokenizers written in Python, which do not tell)."""
+    """As `tokenise`, with how many captions were cut."""
     encoded = tokenizer(captions, padding=True, truncation=True, max_length=max_length, return_attention_mask=True)
-    cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
-    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]), cut
+    ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
+    if encoded.encodings is not None:
+        return ids, mask, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    full = torch.nonzero(mask.sum(1) >= max_length).flatten().tolist()  # of these a slow tokenizer does not tell
+    whole = tokenizer([captions[row] for row in full])["input_ids"] if full else []
+    return ids, mask, sum(len(tokens) > max_length for tokens in whole)
+
+
+def padded(rows: TokenRows, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """As `tokenise`, of captions that are tokens already."""
+    ids, mask = rows.padded(tokenizer.pad_token_id, left=tokenizer.padding_side == "left")
+    return torch.from_numpy(ids), torch.from_numpy(mask)

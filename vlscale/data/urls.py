@@ -8,8 +8,11 @@ import braceexpand
 from vlscale.data.storage import SCHEMES, scheme_of
 
 
-def expand(urls: list[str] | str | None, what: str = "data.train") -> list[str]:
-    """Paths of all shards: braces in the order written, globs sorted. Every pattern has to match something."""
+def expand(urls: list[str] | str | None, what: str = "data.train", *, pipes: str | None = None) -> list[str]:
+    """Paths of all shards: braces in the order written, globs sorted. Every pattern has to match something.
+
+    `pipes`: where commands' output is kept, which is what allows them; None: they are refused.
+    """
     if not urls:
         raise ValueError(
             f"{what} is not given: expected shards, for example {what}=FOLDER/train-{{000000..000007}}.tar"
@@ -17,24 +20,29 @@ def expand(urls: list[str] | str | None, what: str = "data.train") -> list[str]:
     shards: list[str] = []
     for pattern in [urls] if isinstance(urls, str) else urls:
         for url in braceexpand.braceexpand(pattern, escape=False):
-            shards += _matches(url, pattern, what)
+            shards += [url] if pipes is not None and scheme_of(url) == "pipe" else _matches(url, pattern, what)
     repeated = next((url for url in shards if shards.count(url) > 1), None) if len(set(shards)) < len(shards) else None
     if repeated:
         raise ValueError(f"{what}: shard {repeated} is named twice; name each shard once")
     return shards
 
 
-def expand_sources(urls: list[str] | None, what: str = "data.train") -> tuple[list[str], list[int]]:
+def expand_sources(
+    urls: list[str] | None, what: str = "data.train", *, pipes: str | None = None
+) -> tuple[list[str], list[int]]:
     """The shards of all entries, and for each shard the number of the entry that names it."""
-    parts = [expand([url], what) for url in urls or []]
-    expand(urls, what)  # the checks over all of them
+    parts = [expand([url], what, pipes=pipes) for url in urls or []]
+    expand(urls, what, pipes=pipes)  # the checks over all of them
     return [shard for part in parts for shard in part], [number for number, part in enumerate(parts) for _ in part]
 
 
 def _matches(url: str, pattern: str, what: str) -> list[str]:
     scheme = scheme_of(url)
     if scheme is not None and scheme not in SCHEMES:
-        raise ValueError(f"{what}: scheme {scheme!r} of {url} is not allowed; expected a path or {', '.join(SCHEMES)}")
+        allow = ", or data.allow_pipe=true with data.cache_dir set" if scheme == "pipe" else ""
+        raise ValueError(
+            f"{what}: scheme {scheme!r} of {url} is not allowed; expected a path or {', '.join(SCHEMES)}{allow}"
+        )
     if scheme == "file":
         url = url.removeprefix(f"{url[:4]}:").removeprefix("//")
     elif scheme is not None:

@@ -64,6 +64,7 @@ def _start(job: LoaderJob) -> tuple[subprocess.Popen, Connection]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
     }
     with theirs:
         process = subprocess.Popen(
