@@ -20,6 +20,18 @@ def test_lines_come_every_so_often_and_at_the_end(caplog):
     assert lines[-1].endswith("0:00 left")
 
 
+def test_lines_come_by_the_clock_where_there_are_no_steps(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="vlscale")
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr("vlscale.progress.time.monotonic", lambda: next(clock))
+    with Progress("embedding", None, "samples", line_seconds=20) as progress:
+        progress.advance(0)
+        progress.expect(8)
+        for _ in range(8):
+            progress.advance()
+    assert [line.split("  ")[1] for line in caplog.messages] == ["2/8", "5/8", "8/8"]
+
+
 def test_nothing_is_said_when_not_shown(caplog):
     caplog.set_level(logging.INFO, logger="vlscale")
     with Progress("run", 2, "pairs", shown=False, lines_every=1) as progress:

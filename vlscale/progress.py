@@ -10,12 +10,15 @@ from rich.progress import Progress as RichProgress
 
 from vlscale.logging import get_logger
 
+LINE_SECONDS = 10.0  # between lines of work that has no steps to count
+
 
 class Progress:
     """`with Progress("indexing", total, "shards") as bar: bar.advance()`.
 
-    Without a terminal on stderr there is a line every `lines_every` advances, none where that is None. `done`: advances
-    made before this process. The rate is of units, which are the advances unless `advance` is told otherwise.
+    Without a terminal on stderr there is a line every `lines_every` advances, or every `line_seconds`, and one at the
+    end; none where both are None. `done`: advances made before this process. The rate is of units, which are the
+    advances unless `advance` is told otherwise.
     """
 
     def __init__(
@@ -27,12 +30,14 @@ class Progress:
         shown: bool = True,
         done: int = 0,
         lines_every: int | None = None,
+        line_seconds: float | None = None,
     ):
         self._what, self._total, self._unit = what, total, unit
         self._first, self._done, self._units = done, done, 0
         terminal = shown and sys.stderr.isatty()
-        self._lines_every = lines_every if shown and not terminal else None
-        self._started = time.monotonic()
+        lines = shown and not terminal
+        self._lines_every, self._line_seconds = (lines_every, line_seconds) if lines else (None, None)
+        self._started = self._last_line = time.monotonic()
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -49,6 +54,10 @@ class Progress:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it stands, for another one to follow."""
         self._bar.stop()
 
     def expect(self, total: int) -> None:
@@ -63,8 +72,16 @@ class Progress:
         seconds = time.monotonic() - self._started
         shown = f"{note}  {self._units / seconds:,.0f} {self._unit}/s".strip()
         self._bar.update(self._task, advance=count, note=shown)
-        if self._lines_every and (self._done % self._lines_every == 0 or self._done == self._total):
+        if self._line_is_due():
+            self._last_line = time.monotonic()
             left = int(seconds / (self._done - self._first) * (self._total - self._done))
             get_logger().info(
                 "%s  %d/%d  %s  %d:%02d left", self._what, self._done, self._total, shown, left // 60, left % 60
             )
+
+    def _line_is_due(self) -> bool:
+        if (self._lines_every is None and self._line_seconds is None) or self._done == self._first or not self._total:
+            return False
+        counted = self._lines_every is not None and self._done % self._lines_every == 0
+        waited = self._line_seconds is not None and time.monotonic() - self._last_line >= self._line_seconds
+        return counted or waited or self._done == self._total

@@ -193,15 +193,81 @@ def test_eccv_equals_eccv_caption(coco_test, task):
         assert columns[f"{task}/{ours}"][0].mean() == pytest.approx(theirs[name][task], abs=1e-6), name
 
 
+def shown_by_number(corpus, task: str) -> dict[int, list[int]]:
+    """What a model shows for each query, best first, both by COCO's numbers."""
+    asks, gallery = identify(corpus).places(task)
+    number = np.array(list(gallery))[np.argsort(list(gallery.values()))]
+    emb = {"i": corpus.image_emb, "t": corpus.text_emb}
+    order = (emb[task[0]][list(asks.values())] @ emb[task[2]].T).topk(60, dim=1).indices.numpy()
+    return {query: number[row].tolist() for query, row in zip(asks, order, strict=True)}
+
+
+def test_a_whole_eccv_run_equals_eccv_caption(coco_test):
+    truth, corpus = coco_test
+    result = evaluate_corpus(corpus, "eccv", bootstrap=0)
+    assert len(result.notes) == 1 and "25,002 captions are not the benchmark's" in result.notes[0]  # all was found
+    shown = {task: shown_by_number(corpus, task) for task in ("i2t", "t2i")}
+    theirs = truth.eccv_metrics(shown, "all")
+    theirs |= {f"cxc_r{k}": truth.cxc_recalls(shown, "all", k) for k in (1, 5, 10)}
+    names = {"eccv_r1": "eccv:{}/r@1", "eccv_map_at_r": "eccv:{}/map@r", "eccv_rprecision": "eccv:{}/r_precision"}
+    names |= {f"cxc_r{k}": f"cxc:{{}}/r@{k}" for k in (1, 5, 10)}
+    for name, own in names.items():
+        for task in shown:
+            assert result[own.format(task)].value == pytest.approx(100 * theirs[name][task], abs=1e-4), (name, task)
+
+
+def test_coco_5k_recall_equals_eccv_caption(coco_test):
+    """On the captions that the package takes for COCO's: five an image."""
+    truth, corpus = coco_test
+    known = set(truth.coco_gts["t2i"])
+    meta = [{**sample, "sentids": [s for s in sample["sentids"] if s in known]} for sample in corpus.meta]
+    number = {place: sentid for sentid, place in identify(corpus).caption.items()}
+    kept = torch.tensor([place for place in range(len(corpus.captions)) if number[place] in known])
+    corpus = dataclasses.replace(
+        corpus,
+        text_emb=corpus.text_emb[kept],
+        text_image=corpus.text_image[kept],
+        captions=[corpus.captions[place] for place in kept.tolist()],
+        meta=meta,
+    )
+    result = evaluate_corpus(corpus, "pairs", bootstrap=0)
+    shown = {task: shown_by_number(corpus, task) for task in ("i2t", "t2i")}
+    for k in (1, 5, 10):
+        theirs = truth.coco_5k_recalls(shown, "all", k)
+        for task in shown:
+            assert result[f"{task}/r@{k}"].value == pytest.approx(100 * theirs[task], abs=1e-4), (task, k)
+
+
+class _Known:
+    """A model for clip_benchmark whose inputs are rows of known embeddings."""
+
+    def __init__(self, corpus):
+        self.encode_image, self.encode_text = corpus.image_emb.__getitem__, corpus.text_emb.__getitem__
+
+
 def test_recall_equals_clip_benchmark():
+    """The package's whole zero-shot retrieval, on a model that knows its embeddings."""
     theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
     corpus = make_corpus(200, 3, noise=1.0)
+    batches = [
+        (torch.arange(start, start + 50), [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(start, start + 50)])
+        for start in range(0, 200, 50)
+    ]
+    found = theirs.evaluate(_Known(corpus), batches, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10])
     result = evaluate_corpus(corpus, "pairs", bootstrap=0)
-    scores = corpus.text_emb @ corpus.image_emb.T
-    positive = torch.zeros_like(scores, dtype=torch.bool)
-    positive[torch.arange(600), corpus.text_image] = True
     for k in (1, 5, 10):
-        t2i = (theirs.recall_at_k(scores, positive, k) > 0).double().mean().item()
-        i2t = (theirs.recall_at_k(scores.T, positive.T, k) > 0).double().mean().item()
-        assert result[f"t2i/r@{k}"].value == pytest.approx(100 * t2i, abs=1e-6)
-        assert result[f"i2t/r@{k}"].value == pytest.approx(100 * i2t, abs=1e-6)
+        for ours, name in (("t2i", "image"), ("i2t", "text")):
+            value = 100 * found[f"{name}_retrieval_recall@{k}"]
+            assert result[f"{ours}/r@{k}"].value == pytest.approx(value, abs=1e-4)  # theirs is of float32
+            assert value == pytest.approx(CLIP_BENCHMARK[ours][k], abs=1e-4)
+
+
+# What clip_benchmark 1.6.2 gives for make_corpus(200, 3, noise=1.0).
+CLIP_BENCHMARK = {"t2i": {1: 23.666667, 5: 52.0, 10: 64.666667}, "i2t": {1: 30.0, 5: 57.5, 10: 71.5}}
+
+
+def test_recall_equals_what_clip_benchmark_gave():
+    result = evaluate_corpus(make_corpus(200, 3, noise=1.0), "pairs", bootstrap=0)
+    for task, values in CLIP_BENCHMARK.items():
+        for k, value in values.items():
+            assert result[f"{task}/r@{k}"].value == pytest.approx(value, abs=1e-4), (task, k)

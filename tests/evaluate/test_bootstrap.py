@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlscale.evaluate.bootstrap import estimate_means, interval
+from vlscale.evaluate.bootstrap import _draws, estimate_means, estimate_medians, interval
 
 
 def test_a_mean_counts_queries_and_skips_those_without_an_answer():
@@ -41,7 +41,24 @@ def test_blocks_of_draws_are_of_the_asked_number(monkeypatch):
     assert found.replicates.shape == (7,)
 
 
+@pytest.mark.parametrize("at_once", [1 << 22, 60])
+def test_medians_are_those_of_the_drawn_queries(monkeypatch, at_once):
+    rng = np.random.default_rng(3)
+    values, image = rng.integers(1, 40, 31).astype(float), rng.integers(12, size=31)
+    values[4] = np.nan
+    monkeypatch.setattr("vlscale.evaluate.bootstrap.DRAWS_AT_ONCE", at_once)
+    found = estimate_medians({"x": (values, image)}, 12, 40)["x"]
+    drawn = np.concatenate(list(_draws(12, 40, 0))).astype(int)
+    by_hand = [np.nanmedian(values.repeat(counts[image])) for counts in drawn]
+    assert found.replicates.tolist() == by_hand and len(set(by_hand)) > 2
+    assert (found.value, found.queries) == (np.nanmedian(values), 30)
+    low, high = found.interval()
+    assert low < found.value < high
+
+
 def test_no_resamples_no_interval():
     found = estimate_means({"x": (np.arange(10.0), np.arange(10))}, 10, 0)["x"]
     assert found.value == 4.5 and found.interval() is None
     assert interval(np.array([np.nan])) is None
+    found = estimate_medians({"x": (np.arange(10.0), np.arange(10))}, 10, 0)["x"]
+    assert found.value == 4.5 and found.interval() is None

@@ -4,6 +4,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vlscale.cli import app, main
+from vlscale.distributed import Ranks
+from vlscale.evaluate.embed import embed_corpus
 from vlscale.evaluate.run import EvalRequest, evaluate_model
 from vlscale.export.embed import EmbedRequest, open_job
 from vlscale.export.index_file import Header, Rows, read_index
@@ -141,6 +144,20 @@ def test_parquet_holds_the_same(run, val, whole, tmp_path, dtype):
         assert np.array_equal(getattr(found, name), getattr(expected, name))
     for name in ("image_emb", "text_emb"):
         assert np.array_equal(getattr(found, name), getattr(expected, name).astype(dtype))
+
+
+def test_pictures_beyond_max_pixels_are_left_out_as_in_training(run, val, held_out, tmp_path):
+    job = open_job(request(run, val, tmp_path / "val.npz"))
+    assert job.data.max_pixels == job.model.config.data.max_pixels  # the run's own
+    largest = job.data.model_copy(update={"max_pixels": 32 * 32})
+    smaller = job.data.model_copy(update={"max_pixels": 32 * 32 - 1})
+    embed = partial(embed_corpus, job.model.encoder, [val], preprocess=job.model.preprocess, batch_size=32)
+    assert len(embed(largest, ranks=Ranks()).keys) == held_out
+    with pytest.raises(ValueError, match=r"no sample of .* could be read"):
+        embed(smaller, ranks=Ranks())
+    job.data = smaller
+    with pytest.raises(ValueError, match=r"no sample of .* could be read"):
+        job.run()
 
 
 def test_a_part_without_a_readable_sample_is_empty_and_counts(tmp_path, run, val, held_out):

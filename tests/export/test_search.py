@@ -1,5 +1,6 @@
 """Search over an index: by text, by picture, and what is refused."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_a_picture_finds_itself_and_the_order_is_that_of_all_scores(model, index
     assert hits[0].key == sample.key and hits[0].score == pytest.approx(1, abs=1e-5)
     assert hits[0].caption == sample.captions[0] and hits[0].is_picture
     assert [hit.score for hit in hits] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("of", list(Of))
+def test_with_and_without_faiss_the_hits_are_the_same(model, index, sample, of, monkeypatch):
+    """Twice the same picture in the index, too: equal scores stand in the index's order."""
+    pytest.importorskip("faiss")
+    image_emb = np.concatenate([index.image_emb[:1], index.image_emb[:1], index.image_emb[2:]])
+    doubled = dataclasses.replace(index, image_emb=image_emb)
+    asked = Query("a.jpg", sample.image)
+    by_faiss = search(model, doubled, asked, k=20, of=of)
+    monkeypatch.setattr("vlscale.export.search.importlib.util.find_spec", lambda name: None)
+    by_kernel = search(model, doubled, asked, k=20, of=of)
+    assert [hit.key for hit in by_faiss] == [hit.key for hit in by_kernel]
+    assert [hit.score for hit in by_faiss] == pytest.approx([hit.score for hit in by_kernel], abs=1e-6)
 
 
 def test_a_caption_finds_itself_among_texts_and_among_both(model, index, sample):

@@ -19,7 +19,7 @@ def embed(
     import torch
 
     from vlscale.export.embed import EmbedRequest, open_job
-    from vlscale.progress import Progress
+    from vlscale.progress import LINE_SECONDS, Progress
 
     rank, ranks, local = (
         int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -27,7 +27,8 @@ def embed(
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     job = open_job(EmbedRequest(model, data, out, dtype, caption_key, batch_size, rank, ranks, device))
     name = f"embedding {Path(model).name}"
-    with Progress(name, job.total, "samples", shown=rank == 0, done=job.done) as bar:
+    shown = rank == 0
+    with Progress(name, job.total, "samples", shown=shown, done=job.done, line_seconds=LINE_SECONDS) as bar:
         job.run(bar.advance)
     if rank == 0:
         print(f"index: {out.resolve()}")

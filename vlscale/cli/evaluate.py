@@ -25,10 +25,10 @@ def evaluate(
 
     from vlscale.evaluate.run import EvalRequest, evaluate_model
     from vlscale.evaluate.table import render
-    from vlscale.progress import Progress
+    from vlscale.progress import LINE_SECONDS, Progress
 
     request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache)
-    with Progress(f"embedding {Path(model).name}", None, "samples") as progress:
+    with Progress(f"embedding {Path(model).name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
         _, result = evaluate_model(request, progress)
     if json is not None:
         partial = json.with_name(f".{json.name}.partial")

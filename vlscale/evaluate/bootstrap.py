@@ -56,6 +56,34 @@ def estimate_means(
     }
 
 
+def estimate_medians(
+    columns: dict[str, tuple[np.ndarray, np.ndarray]], images: int, resamples: int, seed: int = 0
+) -> dict[str, Estimate]:
+    """As `estimate_means`, of medians; where the middle falls between two values, their mean."""
+    found = {}
+    for name, (values, image) in columns.items():
+        counted = ~np.isnan(values)
+        order = np.argsort(values[counted], kind="stable")
+        values, image = values[counted][order], image[counted][order]
+        replicates = [
+            _weighted_median(values, part[:, image])
+            for weights in _draws(images, resamples, seed)
+            for part in np.array_split(weights, -(-weights.shape[0] * max(1, len(values)) // DRAWS_AT_ONCE))
+        ]
+        middle = float(np.median(values)) if len(values) else float("nan")
+        found[name] = Estimate(middle, np.concatenate([*replicates, np.empty(0)]), len(values))
+    return found
+
+
+def _weighted_median(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(b,) medians of the sorted `values` (Q,), each taken as often as a row of `counts` (b, Q) says."""
+    up_to = counts.cumsum(axis=1)
+    total = up_to[:, -1:] if counts.shape[1] else np.zeros((len(counts), 1))
+    middle = [(up_to <= place).sum(axis=1) for place in ((total - 1) // 2, total // 2)]
+    padded = np.append(values, np.nan)  # a resample may draw only images without a counted query
+    return (padded[middle[0]] + padded[middle[1]]) / 2
+
+
 def _draws(images: int, resamples: int, seed: int):
     """Tables (b, I) of how often each image is drawn, in all `resamples` rows."""
     rng = np.random.default_rng(seed)

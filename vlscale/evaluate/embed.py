@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlscale.data.faults import BadSample
-from vlscale.data.images import ImageSpec, decode_eval, normalise
+from vlscale.data.images import MAX_PIXELS, ImageSpec, decode_eval, normalise
 from vlscale.data.samples import Sample, open_corpus, read_manifest
 from vlscale.data.tokens import tokenise
 from vlscale.distributed import Ranks
@@ -69,7 +69,7 @@ def embed_corpus(
     if progress is not None:
         progress.expect(manifest.num_samples // ranks.size)
     for batch in _in_step(samples, batch_size, ranks):
-        parts.append(embed_batch(encoder, batch, preprocess, ranks.device))
+        parts.append(embed_batch(encoder, batch, preprocess, ranks.device, data.max_pixels))
         if progress is not None:
             progress.advance(len(batch))
     keys, captions, meta, counts, image_emb, text_emb = (
@@ -98,12 +98,19 @@ def _in_step(samples: Iterator[Sample], batch_size: int, ranks: Ranks) -> Iterat
         yield batch
 
 
-def embed_batch(encoder: Encoder, batch: list[Sample], preprocess: Preprocess, device: torch.device):
-    """Keys, captions, json, captions a sample, and the embeddings of images and captions as lists of rows."""
+def embed_batch(
+    encoder: Encoder,
+    batch: list[Sample],
+    preprocess: Preprocess,
+    device: torch.device,
+    max_pixels: int = MAX_PIXELS,
+):
+    """Keys, captions, json, captions a sample, and the embeddings of images and captions as lists of rows. Pictures of
+    more than `max_pixels` are skipped as broken ones are."""
     read, images = [], []
     for sample in batch:
         try:
-            images.append(torch.from_numpy(decode_eval(sample.image, preprocess.spec)).permute(2, 0, 1))
+            images.append(torch.from_numpy(decode_eval(sample.image, preprocess.spec, max_pixels)).permute(2, 0, 1))
             read.append(sample)
         except BadSample as fault:
             get_logger().warning("evaluation skips sample %s: %s", sample.key, fault)

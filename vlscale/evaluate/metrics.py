@@ -68,10 +68,22 @@ def precision_at_r(scores: Tensor, positive: Tensor, exclude: Tensor | None = No
     i (from 1), the (j+1)th of its group, is expected to add r/n (1 + before + j (r-1)/(n-1)) / i.
     """
     scores, positive = _without(scores, exclude, -torch.inf), _without(positive, exclude, False)
-    ordered, order = scores.sort(dim=1, descending=True)
-    group = torch.zeros_like(order)
+    total = positive.sum(1)
+    deepest = min(int(total.max()) + 1 if len(total) else 1, scores.shape[1])
+    shown = scores.topk(deepest, dim=1)
+    found, average = _at_r(shown.values, positive.gather(1, shown.indices), total)
+    cut = (shown.values[:, 1:] == shown.values[:, :-1])[:, -1:].any(1) & (deepest < scores.shape[1])
+    if cut.any():  # a group of equals goes on behind what was looked at
+        ordered, order = scores[cut].sort(dim=1, descending=True)
+        found[cut], average[cut] = _at_r(ordered, positive[cut].gather(1, order), total[cut])
+    return AtR(found, average)
+
+
+def _at_r(ordered: Tensor, hit: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """R-Precision and mAP@R of scores (Q, K) by fall, K above the largest R; 0/0 is NaN where there is no positive."""
+    group = torch.zeros(ordered.shape, dtype=torch.long)
     group[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
-    hit = positive.gather(1, order).double()
+    hit, total = hit.double(), total[:, None]
     size = torch.zeros_like(hit).scatter_add_(1, group, torch.ones_like(hit))
     hits = torch.zeros_like(hit).scatter_add_(1, group, hit)
     first, before = (table.cumsum(1) - table for table in (size, hits))
@@ -80,11 +92,9 @@ def precision_at_r(scores: Tensor, positive: Tensor, exclude: Tensor | None = No
     chance = hits / size
     other = (hits - 1).clamp(min=0) / (size - 1).clamp(min=1)
     precision = (1 + before + (place - first) * other) / (place + 1)
-    total = positive.sum(1, keepdim=True)
     counted = place < total
     found = torch.where(counted, chance, 0.0).sum(1) / total[:, 0]
-    average = torch.where(counted, chance * precision, 0.0).sum(1) / total[:, 0]
-    return AtR(found, average)  # 0/0 is NaN where there is no positive
+    return found, torch.where(counted, chance * precision, 0.0).sum(1) / total[:, 0]
 
 
 def at_r_chance(positives: Tensor, gallery: Tensor) -> AtR:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlscale.evaluate import benchmarks, relevance
-from vlscale.evaluate.bootstrap import Estimate, estimate_means
+from vlscale.evaluate.bootstrap import Estimate, estimate_means, estimate_medians
 from vlscale.evaluate.embed import EmbeddedCorpus
 from vlscale.evaluate.metrics import Ranks, over_chance, recall_chance
 from vlscale.evaluate.paper import paper_columns
@@ -26,6 +26,7 @@ from vlscale.evaluate.result import EvalResult, Measure, measure
 from vlscale.evaluate.rouge import rouge_table
 from vlscale.evaluate.tasks import Columns, Own, graded_columns, items_of_images, label_columns
 from vlscale.kernels import retrieval_ranks
+from vlscale.progress import LINE_SECONDS, Progress
 
 BY_ROUGE = ("flickr30k", "coco-5k", "vizwiz")
 PROTOCOLS = ("auto", "pairs", "synthetic", "labels", *BY_ROUGE, "coco-1k", "cxc", "eccv")
@@ -42,10 +43,12 @@ def evaluate_corpus(
     *,
     annotations: Path | None = None,
     cache: Path | None = None,
+    progress: bool = True,
 ) -> EvalResult:
     """Every measure of the protocol with its 95 % interval (`bootstrap` resamples of images; 0 for none).
 
-    `annotations`: the folder of CxC's csv files; `cache`: a folder that keeps ROUGE-L tables.
+    `annotations`: the folder of CxC's csv files; `cache`: a folder that keeps ROUGE-L tables; `progress`: whether long
+    work shows how far it is.
     """
     labels = list(labels or [])
     protocol = choose_protocol(protocol, corpus, labels)
@@ -55,9 +58,9 @@ def evaluate_corpus(
     if protocol in benchmarks.COUNTS:
         benchmarks.check_counts(protocol, corpus, notes)
     if protocol == "coco-1k":
-        columns = benchmarks.joined([_by_rouge(fold, cache, notes) for fold in benchmarks.folds(corpus)])
+        columns = benchmarks.joined([_by_rouge(fold, cache, notes, progress) for fold in benchmarks.folds(corpus)])
     elif protocol in BY_ROUGE:
-        columns = _by_rouge(corpus, cache, notes)
+        columns = _by_rouge(corpus, cache, notes, progress)
     else:
         columns = cross_columns(corpus)
     if protocol == "synthetic":
@@ -72,7 +75,9 @@ def evaluate_corpus(
         judged, further = benchmarks.cxc(corpus, annotations, notes)
         columns |= judged
     estimates = estimate_means(columns, len(corpus.keys), bootstrap)
-    metrics, replicates = summarise(estimates | further, columns)
+    ranks = {name.replace("mean_rank", "median_rank"): columns[name] for name in columns if name.endswith("/mean_rank")}
+    further |= estimate_medians(ranks, len(corpus.keys), bootstrap)
+    metrics, replicates = summarise(estimates | further)
     return EvalResult(
         protocol, len(corpus.keys), len(corpus.captions), metrics, labels, list(dict.fromkeys(notes)), replicates
     )
@@ -85,7 +90,7 @@ def relevance_of(corpus: EmbeddedCorpus, result: EvalResult) -> relevance.Releva
     if result.protocol == "labels":
         return relevance.labels(corpus.meta, result.labels[0], corpus.text_image)
     if result.protocol in BY_ROUGE:
-        return _rouge(corpus, None)
+        return _rouge(corpus, None, progress=True)
     return None
 
 
@@ -165,12 +170,14 @@ def _rank_columns(task: str, ranks: Ranks, image: Tensor, positives: Tensor, ite
     return {name: (values.double().numpy(), image.numpy()) for name, values in tables.items()}
 
 
-def _by_rouge(corpus: EmbeddedCorpus, cache: Path | None, notes: list[str]) -> Columns:
-    return cross_columns(corpus) | _graded(corpus, _rouge(corpus, cache), notes)
+def _by_rouge(corpus: EmbeddedCorpus, cache: Path | None, notes: list[str], progress: bool) -> Columns:
+    return cross_columns(corpus) | _graded(corpus, _rouge(corpus, cache, progress), notes)
 
 
-def _rouge(corpus: EmbeddedCorpus, cache: Path | None) -> relevance.Relevance:
-    table = rouge_table(corpus.captions, corpus.text_image, len(corpus.keys), cache=cache)
+def _rouge(corpus: EmbeddedCorpus, cache: Path | None, progress: bool) -> relevance.Relevance:
+    captions = corpus.captions
+    with Progress("ROUGE-L", len(captions), "captions", shown=progress, line_seconds=LINE_SECONDS) as bar:
+        table = rouge_table(captions, corpus.text_image, len(corpus.keys), cache=cache, on_rows=bar.advance)
     return relevance.CaptionRelevance(table, corpus.text_image)
 
 
@@ -200,7 +207,7 @@ def _columns_by_label(corpus: EmbeddedCorpus, field: str, ks: tuple[int, ...], n
     return columns
 
 
-def summarise(estimates: dict[str, Estimate], columns: Columns) -> tuple[dict[str, Measure], dict[str, np.ndarray]]:
+def summarise(estimates: dict[str, Estimate]) -> tuple[dict[str, Measure], dict[str, np.ndarray]]:
     """Measures (percent, or ranks) and their replicates; chance joins its measure, and what follows from several
     columns (rsum, over chance) is made from means and from each replicate alike."""
     metrics: dict[str, Measure] = {}
@@ -219,12 +226,10 @@ def summarise(estimates: dict[str, Estimate], columns: Columns) -> tuple[dict[st
     for name, found in estimates.items():
         if name.endswith("/chance"):
             continue
-        if name.endswith("/mean_rank"):
-            add(name, found.value, found.replicates, found.queries, estimates[f"{name}/chance"].value)
-            middle = float(np.median(columns[name][0]))
-            metrics[name.replace("mean_rank", "median_rank")] = Measure(middle, queries=found.queries)
-            continue
         chance = estimates.get(f"{name}/chance")
+        if name.endswith("_rank"):
+            add(name, found.value, found.replicates, found.queries, chance.value if chance else None)
+            continue
         add(name, 100 * found.value, 100 * found.replicates, found.queries, 100 * chance.value if chance else None)
         if chance and "/ndcg@" in name and not name.endswith("_paper"):
             drawn = over_chance(found.replicates, chance.replicates)

@@ -52,6 +52,8 @@ def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tu
         ranks=Ranks(device=device),
         progress=progress,
     )
+    if progress is not None:
+        progress.stop()
     result = evaluate_corpus(
         corpus,
         request.protocol,

@@ -28,10 +28,10 @@ processor = AutoProcessor.from_pretrained(folder)
 
 captions = ["a red disc", "two blue stars"]
 pictures = [Image.open("picture.jpg").convert("RGB")]
-text = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+text = processor.tokenizer(captions, padding={padding}, truncation=True, return_tensors="pt")
 pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values
 with torch.no_grad():
-    out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels)
+    out = model(input_ids=text.input_ids, {mask}pixel_values=pixels)
 similarity = out.text_embeds @ out.image_embeds.T  # cosine, (captions, pictures)
 print(similarity)
 ```"""
@@ -51,13 +51,20 @@ def write_card(model: LoadedModel, folder: Path, model_class: str) -> None:
         _front_matter(),
         f"# {name}",
         _what(model, model_class),
-        "## Use\nOnly `transformers`, `torch` and `pillow` are needed:\n\n" + USE.format(model_class=model_class),
+        "## Use\nOnly `transformers`, `torch` and `pillow` are needed:\n\n" + _use(model_class),
         "## Training\n" + (_training(model.config) if model.config else "This folder came without a training config."),
         "## Data\n" + (_data(model.config) if model.config else "Not recorded."),
         "## Evaluation\n" + (_evaluation(result) if result else "No evaluation was recorded (`vlscale eval`)."),
         "## Intended use and limits\n" + LIMITS,
     ]
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _use(model_class: str) -> str:
+    """SiglipModel takes captions padded to its full length and unmasked."""
+    siglip = model_class == "SiglipModel"
+    mask = "" if siglip else "attention_mask=text.attention_mask, "
+    return USE.format(model_class=model_class, padding='"max_length"' if siglip else "True", mask=mask)
 
 
 def _front_matter() -> str:

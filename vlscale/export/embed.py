@@ -106,7 +106,9 @@ class EmbedJob:
 
     def _make(self, number: int, on_batch: Callable[[int], None]) -> None:
         samples = read_manifest(self.manifest, self.data, shard=(number, self.parts))
-        rows = _embed_rows(self.model, samples, self.request.batch_size, self.header.dtype, on_batch)
+        rows = _embed_rows(
+            self.model, samples, self.request.batch_size, self.data.max_pixels, self.header.dtype, on_batch
+        )
         _write(self._part(number), rows.save)
 
     def _put_together(self) -> None:
@@ -167,11 +169,16 @@ def open_job(request: EmbedRequest) -> EmbedJob:
 
 @torch.no_grad()
 def _embed_rows(
-    model: LoadedModel, samples: Iterator[Sample], batch_size: int, dtype: str, on_batch: Callable[[int], None]
+    model: LoadedModel,
+    samples: Iterator[Sample],
+    batch_size: int,
+    max_pixels: int,
+    dtype: str,
+    on_batch: Callable[[int], None],
 ) -> Rows:
     keys, captions, counts, image_emb, text_emb = [], [], [], [], []
     while batch := list(islice(samples, batch_size)):
-        found = embed_batch(model.encoder, batch, model.preprocess, model.device)
+        found = embed_batch(model.encoder, batch, model.preprocess, model.device, max_pixels)
         for rows, more in zip((keys, captions, counts, image_emb, text_emb), (*found[:2], *found[3:]), strict=True):
             rows += more
         on_batch(len(batch))

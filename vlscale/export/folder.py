@@ -1,8 +1,10 @@
 """`vlscale export`: a Hugging Face folder that plain `transformers` loads, with a model card.
 
-dual-encoder   VisionTextDualEncoderModel, whatever the towers
+dual-encoder   VisionTextDualEncoderModel, whatever the towers, but for SigLIP's text tower, which it cannot hold
 clip           CLIPModel, where both towers are CLIP's: the same modules under the same names
-siglip         refused: SiglipModel compares the towers' own outputs, and a run has learned projections over them
+siglip         SiglipModel, where both towers are SigLIP's. It has no projections, and neither has such a run: they are
+               fixed identities, since one over the vision tower could not be folded into its head, whose output is a
+               sum of the attention pool and a function of it
 """
 
 from collections.abc import Callable
@@ -15,27 +17,40 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from vlscale.data.folders import new_folder
 from vlscale.export.card import write_card
 from vlscale.export.loaded import LoadedModel, load_model
+from vlscale.models import siglip
 from vlscale.models.hf_folder import save_folder
 
 Layout = Literal["dual-encoder", "clip", "siglip"]
 CLIP_TOWERS = ("clip_vision_model", "clip_text_model")
+CLASSES = {
+    "dual-encoder": "VisionTextDualEncoderModel",
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+}
 
 
-def export_model(run: str, out: Path, layout: Layout = "dual-encoder") -> Path:
-    """`run`: a run, its `final/` or an exported folder. `out` is new or empty; it is complete or not there."""
-    if layout not in _WRITERS:
+def export_model(run: str, out: Path, layout: Layout | None = None) -> Path:
+    """`run`: a run, its `final/` or an exported folder. `out` is new or empty; it is complete or not there. Without a
+    `layout`, siglip for SigLIP's towers and dual-encoder for all others."""
+    if layout is not None and layout not in _WRITERS:
         raise ValueError(f"--as {layout}: expected {', '.join(_WRITERS)}")
     model = load_model(run, torch.device("cpu"))
+    layout = layout or ("siglip" if model.encoder.is_siglip else "dual-encoder")
     for tower in (model.encoder.vision_model, model.encoder.text_model):
         tower.config._name_or_path = ""  # a path of this machine
     model.tokenizer.model_max_length = model.preprocess.max_length  # `truncation=True` then cuts where training did
     with new_folder(out) as folder:
         _WRITERS[layout](model, folder)
-        write_card(model, folder, "CLIPModel" if layout == "clip" else "VisionTextDualEncoderModel")
+        write_card(model, folder, CLASSES[layout])
     return out
 
 
 def _dual_encoder(model: LoadedModel, folder: Path) -> None:
+    if model.encoder.is_siglip:
+        raise ValueError(
+            f"--as dual-encoder: VisionTextDualEncoderModel cannot hold {siglip.TEXT}, which AutoModel does not build; "
+            "what works: --as siglip"
+        )
     save_folder(folder, model.encoder, model.encoder.state_dict(), model.tokenizer, model.image_processor)
 
 
@@ -66,12 +81,14 @@ def _clip(model: LoadedModel, folder: Path) -> None:
 
 
 def _siglip(model: LoadedModel, folder: Path) -> None:
-    towers = _tower_types(model)
-    works = "dual-encoder or clip" if towers == CLIP_TOWERS else "dual-encoder"
-    raise ValueError(
-        f"--as siglip: SiglipModel has no projections, this model has learned one over each of {' + '.join(towers)}; "
-        f"what works: --as {works}"
-    )
+    if not model.encoder.is_siglip:
+        towers = _tower_types(model)
+        works = "dual-encoder or clip" if towers == CLIP_TOWERS else "dual-encoder"
+        raise ValueError(
+            f"--as siglip: SiglipModel has no projections, this model has learned one over each of "
+            f"{' + '.join(towers)}; what works: --as {works}"
+        )
+    save_folder(folder, model.encoder, model.encoder.state_dict(), model.tokenizer, model.image_processor)
 
 
 _WRITERS: dict[str, Callable[[LoadedModel, Path], None]] = {

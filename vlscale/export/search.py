@@ -1,5 +1,7 @@
-"""`vlscale search`: the nearest pictures and captions of an index to a text or a picture, exactly."""
+"""`vlscale search`: the nearest pictures and captions of an index to a text or a picture, exactly; by faiss where it is
+installed, else by vlscale's own kernel."""
 
+import importlib.util
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -72,11 +74,24 @@ def search(model: LoadedModel, index: Index, query: Query, *, k: int, of: Of) ->
     if not 1 <= k <= size:
         raise ValueError(f"--k {k}: expected 1 to {size}, the size of the gallery of {of.value}")
     gallery = torch.cat([torch.from_numpy(part).float() for part in parts])
-    scores, places = topk_neighbors(_embed(model, query), gallery, k)
+    scores, places = _nearest(_embed(model, query), gallery, k)
     offset = len(index.keys) if of is Of.TEXTS else 0
     return [
         _hit(index, place + offset, score) for score, place in zip(scores[0].tolist(), places[0].tolist(), strict=True)
     ]
+
+
+def _nearest(query: torch.Tensor, gallery: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and places (1, k) of a query (1, D) in a gallery (G, D). faiss gives equal scores in any order."""
+    if importlib.util.find_spec("faiss") is None:
+        return topk_neighbors(query, gallery, k)
+    import faiss
+
+    flat = faiss.IndexFlatIP(gallery.shape[1])
+    flat.add(gallery.numpy())
+    scores, places = flat.search(query.numpy(), k)
+    order = np.lexsort((places[0], -scores[0]))
+    return torch.from_numpy(scores[:, order]), torch.from_numpy(places[:, order])
 
 
 def _embed(model: LoadedModel, query: Query) -> torch.Tensor:

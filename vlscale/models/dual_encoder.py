@@ -1,7 +1,8 @@
 """The dual encoder: two towers, two linear projections, a learned logit scale.
 
 Submodules and parameters carry the names of `transformers.VisionTextDualEncoderModel`, so that the state dict of one is
-that of the other (but for the shape of the scale, see `SCALARS`) and an exported folder is only ever that class.
+that of the other (but for the shape of the scale, see `SCALARS`) and a saved folder is that class; a pair of SigLIP's
+towers, which have no projections, is `SiglipModel` (see `siglip`).
 
 Legend: B pairs, L tokens, D embedding width.
 """
@@ -13,10 +14,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    SiglipModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
+from vlscale.models import siglip
 from vlscale.models.chunks import in_chunks
-from vlscale.models.towers import build_tower, check_weights, one_line
+from vlscale.models.rows import unit, wide
+from vlscale.models.teacher_heads import TeacherHeads, TeacherRows
+from vlscale.models.towers import build_tower, check_weights, one_line, padding_of
 from vlscale.sections import ModelConfig
 
 SCALARS = ("logit_scale", "logit_bias")  # parameters of shape (1,) here: DeepSpeed cannot broadcast 0-d ones
@@ -30,6 +40,31 @@ class Embeddings(NamedTuple):
     text: torch.Tensor  # (B, D)
     logit_scale: torch.Tensor  # (), the multiplier itself, at most model.logit_scale_max
     logit_bias: torch.Tensor | None  # (), sigmoid loss only
+    teacher: TeacherRows | None = None  # where the model has teacher heads
+
+
+class Features(NamedTuple):
+    """One forward up to the projections, for a step that moves these: `project` does the rest."""
+
+    image: torch.Tensor  # (B, width of the vision tower)
+    text: torch.Tensor  # (B, width of the text tower)
+    visual_weight: torch.Tensor  # (D, width), the projection itself: a gradient of it reaches the parameter
+    text_weight: torch.Tensor
+    logit_scale: torch.Tensor
+    logit_bias: torch.Tensor | None
+    teacher: TeacherRows | None = None
+
+
+class Projection(nn.Linear):
+    """Called without rows, it gives its weight as a tensor of the graph: ZeRO-3 gathers weights when their module is
+    called, and at no other time."""
+
+    def __init__(self, width: int, embed_dim: int):
+        super().__init__(width, embed_dim, bias=False)
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight.clone() if rows is None else super().forward(rows)
 
 
 class DualEncoder(nn.Module):
@@ -37,8 +72,14 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.vision_model = vision_model
         self.text_model = text_model
-        self.visual_projection = _projection(vision_model.config.hidden_size, model.embed_dim)
-        self.text_projection = _projection(text_model.config.hidden_size, model.embed_dim)
+        self.is_siglip = siglip.shares_space(vision_model, text_model, model.embed_dim)
+        self.visual_projection, self.text_projection = (
+            Projection(siglip.pooled_width(tower), model.embed_dim) for tower in (vision_model, text_model)
+        )
+        if self.is_siglip:
+            for projection in (self.visual_projection, self.text_projection):
+                siglip.fix_identity(projection)
+        self.teacher_heads: TeacherHeads | None = None  # given by a run whose objective learns them
         self.logit_scale = nn.Parameter(torch.tensor([math.log(model.logit_scale_init)]))  # the logarithm is learned
         self.logit_bias = nn.Parameter(torch.tensor([model.logit_bias_init])) if sigmoid else None
         self.log_scale_max = math.log(model.logit_scale_max)
@@ -59,13 +100,17 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, 3, H, W) to (B, D)."""
-        pixels = pixels.to(self.visual_projection.weight.dtype)
-        return unit(self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output))
+        return unit(self.visual_projection(self._image_features(pixels)))
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids and mask (B, L) to (B, D)."""
-        out = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
-        return unit(self.text_projection(out.pooler_output))
+        return unit(self.text_projection(self._text_features(input_ids, attention_mask)))
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype)).pooler_output
+
+    def _text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
 
     def forward(
         self,
@@ -73,13 +118,22 @@ class DualEncoder(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         chunk_size: int | None = None,
-    ) -> Embeddings:
-        """`chunk_size`: rows that a tower keeps activations of at once, see `in_chunks`."""
-        scale = _ProjectedMax.apply(self.logit_scale, self.log_scale_max).float().exp().squeeze()
-        bias = None if self.logit_bias is None else self.logit_bias.float().squeeze()
+        teacher_image: torch.Tensor | None = None,
+        teacher_text: torch.Tensor | None = None,
+        split_heads: bool = False,
+    ) -> Embeddings | Features:
+        """`chunk_size`: rows that a tower keeps activations of at once, see `in_chunks`. `teacher_image`,
+        `teacher_text`: what teacher heads project. `split_heads`: stop before the projections."""
+        scale = wide(_ProjectedMax.apply(self.logit_scale, self.log_scale_max)).exp().squeeze()
+        bias = None if self.logit_bias is None else wide(self.logit_bias).squeeze()
+        teacher = None if teacher_image is None else self.teacher_heads(teacher_image, teacher_text)
+        if split_heads:
+            image = in_chunks(self._image_features, chunk_size, pixels)
+            text = in_chunks(self._text_features, chunk_size, input_ids, attention_mask)
+            return Features(image, text, self.visual_projection(), self.text_projection(), scale, bias, teacher)
         image = in_chunks(self.encode_image, chunk_size, pixels)
         text = in_chunks(self.encode_text, chunk_size, input_ids, attention_mask)
-        return Embeddings(image, text, scale, bias)
+        return Embeddings(image, text, scale, bias, teacher)
 
     def hf_config(self) -> VisionTextDualEncoderConfig:
         vision, text = self.vision_model.config, self.text_model.config
@@ -87,10 +141,11 @@ class DualEncoder(nn.Module):
         return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=width)
 
 
-def unit(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of length one, computed in float32 at least, returned in their own dtype."""
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    return F.normalize(wide, dim=-1).to(rows.dtype)
+def project(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Features (B, width) through a projection (D, width), L2-normalised, in the dtype of the features. The product is
+    made in the wider dtype of both, so that a float32 weight is not rounded to that of bf16 towers."""
+    dtype = torch.promote_types(features.dtype, weight.dtype)
+    return unit(F.linear(features.to(dtype), weight.to(dtype))).to(features.dtype)
 
 
 def build_dual_encoder(model: ModelConfig, sigmoid: bool = False) -> DualEncoder:
@@ -112,24 +167,33 @@ def final_folder(path: str) -> str:
 
 
 def load_dual_encoder(path: str) -> VisionTextDualEncoderModel:
-    """The Hugging Face model of a run, a `final/` or another dual-encoder folder."""
+    """The Hugging Face model of a run, a `final/` or another folder of a dual encoder, CLIP or SigLIP."""
     folder = final_folder(path)
     check_weights(folder)
     try:
+        if AutoConfig.from_pretrained(folder).model_type == siglip.MODEL:
+            whole = SiglipModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            whole.text_model.config.pad_token_id = padding_of(folder, whole.text_model.config.pad_token_id)
+            return siglip.as_dual_encoder(whole)
         return VisionTextDualEncoderModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"model {folder} is not a dual encoder that can be loaded: {one_line(error)}") from None
 
 
 def weights_of(model: VisionTextDualEncoderModel) -> dict[str, torch.Tensor]:
-    """A Hugging Face dual encoder's state dict in our shapes."""
-    return {name: value.reshape(1) if name in SCALARS else value for name, value in model.state_dict().items()}
+    """A Hugging Face dual encoder's state dict in our shapes, with the bias that its config keeps."""
+    weights = {name: value.reshape(1) if name in SCALARS else value for name, value in model.state_dict().items()}
+    bias = getattr(model.config, "logit_bias", None)
+    return weights if bias is None else weights | {"logit_bias": torch.tensor([bias])}
 
 
 def load_weights(encoder: DualEncoder, path: str) -> None:
-    """Copy the weights of a run, a `final/` or a Hugging Face dual encoder; shapes must agree."""
+    """Copy the weights of a run, a `final/` or a Hugging Face dual encoder; shapes must agree. A bias of the sigmoid
+    loss is left out where the loss is another."""
     source = weights_of(load_dual_encoder(path))
     own = encoder.state_dict()
+    if "logit_bias" not in own:
+        source.pop("logit_bias", None)
     for name, value in source.items():
         if name not in own or own[name].shape != value.shape:
             got = f"shape {tuple(value.shape)}"
@@ -139,12 +203,6 @@ def load_weights(encoder: DualEncoder, path: str) -> None:
                 "use the towers and embed_dim that it was trained with"
             )
     encoder.load_state_dict(source, strict=False)
-
-
-def _projection(width: int, embed_dim: int) -> nn.Linear:
-    linear = nn.Linear(width, embed_dim, bias=False)
-    nn.init.normal_(linear.weight, std=width**-0.5)
-    return linear
 
 
 class _ProjectedMax(torch.autograd.Function):

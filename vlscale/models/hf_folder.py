@@ -1,4 +1,5 @@
-"""Folders that plain `transformers` loads: `VisionTextDualEncoderModel`, processor and tokenizer, safetensors only."""
+"""Folders that plain `transformers` loads: `VisionTextDualEncoderModel` (`SiglipModel` for a pair of SigLIP's towers),
+processor and tokenizer, safetensors only."""
 
 import math
 import os
@@ -11,13 +12,17 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     BaseImageProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    SiglipProcessor,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
     ViTImageProcessorPil,
 )
 
+from vlscale.models import siglip
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder, weights_of
+from vlscale.models.teacher_heads import PREFIX
 from vlscale.models.towers import check_exists
 from vlscale.sections import ModelConfig
 
@@ -31,23 +36,35 @@ def save_folder(
 ) -> None:
     """Write the folder under another name and rename it: it is complete or not there.
 
-    `weights` is the full float32 state dict of `encoder`. A sigmoid model's bias goes to config.json as `logit_bias`.
+    `weights` is the full float32 state dict of `encoder`, of which teacher heads are left out. A sigmoid model's bias
+    goes to config.json as `logit_bias`.
     """
-    weights = dict(weights)
+    weights = {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
+    weights |= {"logit_scale": weights["logit_scale"].clamp(max=encoder.log_scale_max)}
+    if encoder.is_siglip:
+        model = siglip.siglip_model(encoder.vision_model, encoder.text_model, weights)
+        processor = SiglipProcessor(image_processor, tokenizer)
+    else:
+        model = _dual_encoder(encoder, weights)
+        processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _dual_encoder(encoder: DualEncoder, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     config = encoder.hf_config()
     bias = weights.pop("logit_bias", None)
     if bias is not None:
         config.logit_bias = float(bias)
-    weights["logit_scale"] = weights["logit_scale"].clamp(max=encoder.log_scale_max).squeeze()
+    weights["logit_scale"] = weights["logit_scale"].squeeze()
     with torch.device("meta"):  # only the structure is needed: the weights come from the state dict
         model = VisionTextDualEncoderModel(config)
     model.load_state_dict(weights, strict=True, assign=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    return model
 
 
 def load_encoder(path: str) -> tuple[DualEncoder, PreTrainedTokenizerBase, BaseImageProcessor]:

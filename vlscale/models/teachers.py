@@ -7,11 +7,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder, unit
+from vlscale.models import siglip
+from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder
+from vlscale.models.rows import unit
 from vlscale.models.towers import Modality, check_weights, load_tower, one_line
 from vlscale.sections import TeacherConfig
 
 PROJECTIONS = {"vision": "visual_projection", "text": "text_projection"}
+LEAST_ROWS = 8  # below, equal relations may be chance
+LEAST_SPREAD = 1e-6  # of cosines: what rounding may leave of equal ones
+WEAK_SPREAD = 1e-3  # at temperature 0.1 a softmax over relations is then within 1 % of uniform
+_JUDGED = 256  # rows: their relations are compared all with all
 
 
 @dataclass
@@ -28,6 +34,11 @@ class Teacher:
     def __post_init__(self) -> None:
         for part in (self.tower, self.projection):
             part.requires_grad_(False).eval()
+
+    @property
+    def width(self) -> int:
+        """D_teacher."""
+        return getattr(self.projection, "out_features", None) or siglip.pooled_width(self.tower)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
         self.tower.to(device, dtype)
@@ -50,10 +61,11 @@ class Teachers:
 
 def build_teachers(config: TeacherConfig, student: DualEncoder, *, projected: bool) -> Teachers | None:
     """The teachers of a run; `frozen_copy` copies the student as it is now, so call it before any training step.
+    None without teachers, and with a cache, whose rows come with the batches.
 
     `projected`: whether the student's projections have been trained; a copy leaves out those that are still random.
     """
-    if config.source == "none":
+    if config.source in ("none", "cache"):
         return None
     if config.source == "frozen_copy":
         copied = copy.deepcopy(student)
@@ -61,10 +73,35 @@ def build_teachers(config: TeacherConfig, student: DualEncoder, *, projected: bo
         return Teachers(
             Teacher(copied.vision_model, heads[0], source=None), Teacher(copied.text_model, heads[1], source=None)
         )
-    return Teachers(_load("vision", config.image), _load("text", config.text))
+    return Teachers(load_teacher("vision", config.image), load_teacher("text", config.text))
 
 
-def _load(modality: Modality, path: str) -> Teacher:
+def check_not_constant(rows: torch.Tensor, what: str) -> None:
+    """Raises ValueError when the relations among `rows` (B, D_teacher), unit, of different samples are all one number:
+    such a teacher tells nothing (its relation entropy is at its maximum). Fewer than LEAST_ROWS are not judged.
+
+    Waits for the device.
+    """
+    if len(rows) < LEAST_ROWS:
+        return
+    least, most = relation_range(rows)
+    if not most - least >= LEAST_SPREAD:  # also for what is no number
+        raise ValueError(
+            f"{what} is constant: all relations among {min(len(rows), _JUDGED)} samples lie between {least:.7f} and "
+            f"{most:.7f}, so it tells nothing; expected a spread above {LEAST_SPREAD:g}, give a trained teacher with "
+            "the processor and tokenizer that it was trained with"
+        )
+
+
+def relation_range(rows: torch.Tensor) -> tuple[float, float]:
+    """The smallest and largest relation (cosine) among the first of `rows` (B, D_teacher), unit; B at least 2."""
+    judged = rows[:_JUDGED].detach().double()
+    relations = (judged @ judged.T)[~torch.eye(len(judged), dtype=torch.bool, device=judged.device)]
+    return relations.min().item(), relations.max().item()
+
+
+def load_teacher(modality: Modality, path: str) -> Teacher:
+    """The teacher in a run, its `final/`, or any Hugging Face folder with a tower of that modality."""
     folder = final_folder(path)
     check_weights(folder)
     try:
@@ -73,7 +110,7 @@ def _load(modality: Modality, path: str) -> Teacher:
         raise ValueError(f"teacher {path}: no Hugging Face config could be read there: {one_line(error)}") from None
     if getattr(config, f"{modality}_config", None) is None:
         return Teacher(load_tower(modality, folder), nn.Identity(), folder)
-    dual_encoder = config.model_type == "vision-text-dual-encoder"
-    whole = load_dual_encoder(folder) if dual_encoder else AutoModel.from_pretrained(folder, use_safetensors=True)
+    ours = config.model_type in ("vision-text-dual-encoder", siglip.MODEL)
+    whole = load_dual_encoder(folder) if ours else AutoModel.from_pretrained(folder, use_safetensors=True)
     projection = getattr(whole, PROJECTIONS[modality], None) or nn.Identity()
     return Teacher(getattr(whole, f"{modality}_model"), projection, folder)

@@ -12,17 +12,30 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from vlscale.models import siglip
+
 Modality = Literal["vision", "text"]
 
-# Model types whose `pooler_output` is (B, hidden_size); tests/models/test_towers.py builds and runs each of them.
+# Model types whose `pooler_output` is (B, width); tests/models/test_towers.py builds and runs each of them.
 WORKING: dict[str, list[str]] = {
     "vision": ["beit", "clip_vision_model", "deit", "dinov2", "dinov3_vit", "siglip_vision_model", "swinv2", "vit"],
-    "text": ["albert", "bert", "camembert", "clip_text_model", "ernie", "mpnet", "roberta", "xlm-roberta"],
+    "text": [
+        "albert",
+        "bert",
+        "camembert",
+        "clip_text_model",
+        "ernie",
+        "mpnet",
+        "roberta",
+        "siglip_text_model",  # beside siglip_vision_model only, see `siglip`
+        "xlm-roberta",
+    ],
 }
 
 
@@ -49,11 +62,26 @@ def load_tower(modality: Modality, source: str, dropout: float | None = None) ->
     part = getattr(config, f"{modality}_config", None)
     for each in filter(None, (config, part)):
         set_dropout(each, dropout)
+    alone = config.model_type == siglip.TEXT
     try:
-        model = AutoModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
+        kind = siglip.PaddedSiglipText if alone else AutoModel
+        model = kind.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {source}: its weights could not be loaded: {one_line(error)}") from None
-    return model if part is None else getattr(model, f"{modality}_model")
+    tower = model if part is None else getattr(model, f"{modality}_model")
+    if tower.config.model_type != siglip.TEXT:
+        return tower
+    tower.config.pad_token_id = padding_of(source, tower.config.pad_token_id)
+    return tower if alone else siglip.padded(tower)
+
+
+def padding_of(source: str, configured: int) -> int:
+    """The id that the tokenizer beside the weights pads with: SigLIP2's configs still name SigLIP's."""
+    try:
+        known = AutoTokenizer.from_pretrained(source).pad_token_id
+    except (OSError, ValueError):
+        return configured
+    return configured if known is None else known
 
 
 def check_weights(source: str) -> None:
@@ -90,7 +118,7 @@ def fit_to_tokenizer(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     """
     fitted = dict(config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     fitted["bos_token_id"], fitted["eos_token_id"] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    fitted.setdefault("max_position_embeddings", max_length + 2)
+    fitted.setdefault("max_position_embeddings", max_length + (0 if config.get("model_type") == siglip.TEXT else 2))
     return fitted
 
 
@@ -107,6 +135,11 @@ def check_room(text: PreTrainedModel, max_length: int) -> None:
     """Captions of `max_length` tokens must have positions; RoBERTa's begin behind the padding id."""
     first = text.config.pad_token_id + 1 if hasattr(getattr(text, "embeddings", None), "padding_idx") else 0
     room = getattr(text.config, "max_position_embeddings", max_length + first) - first
+    if text.config.model_type == siglip.TEXT and max_length != room:
+        raise ValueError(
+            f"model.text.max_length={max_length}: SigLIP's text tower reads captions padded to its {room} positions; "
+            f"set model.text.max_length={room}"
+        )
     if max_length > room:
         raise ValueError(
             f"model.text.max_length={max_length}: {text.config.model_type} has positions for {room} tokens; "
@@ -126,6 +159,8 @@ def _from_scratch(key: str, modality: Modality, config: dict[str, Any], dropout:
     try:
         built = AutoConfig.for_model(model_type, **options)
         set_dropout(built, dropout)
+        if model_type == siglip.TEXT:
+            return siglip.PaddedSiglipText(built)
         return AutoModel.from_config(built, dtype=torch.float32)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key}.config: {model_type} could not be built: {one_line(error)}") from None
@@ -133,11 +168,11 @@ def _from_scratch(key: str, modality: Modality, config: dict[str, Any], dropout:
 
 @torch.no_grad()
 def _check_pooling(key: str, modality: Modality, tower: PreTrainedModel) -> None:
-    """One tiny forward: a tower without a (B, hidden_size) pooler_output cannot be exported, so it is refused. So are
-    those that `AutoModel` does not build from their config (SigLIP's text tower): no folder with them could be loaded.
-    """
+    """One tiny forward: a tower without a (B, width) pooler_output cannot be exported, so it is refused. So are those
+    that `AutoModel` does not build from their config: no folder with them could be loaded."""
     known, has = tower.config.model_type, {"vision": "image_size", "text": "vocab_size"}[modality]
-    if not hasattr(tower.config, has) or type(tower.config) not in MODEL_MAPPING:
+    built = type(tower.config) in MODEL_MAPPING or known == siglip.TEXT
+    if not hasattr(tower.config, has) or not built:
         why = "transformers' AutoModel does not build it" if hasattr(tower.config, has) else f"it has no {has}"
         raise ValueError(
             f"{key}: {known} cannot be a {modality} tower: {why}; known to work: {', '.join(WORKING[modality])}"
@@ -148,14 +183,14 @@ def _check_pooling(key: str, modality: Modality, tower: PreTrainedModel) -> None
         side = image_size(tower)
         out = tower(pixel_values=torch.zeros(1, 3, side, side))
     else:
-        ids = torch.full((1, 4), tower.config.eos_token_id or 0)
+        ids = torch.zeros(1, 4, dtype=torch.long)  # not the end token: SigLIP's configs name one beyond the vocabulary
         out = tower(input_ids=ids, attention_mask=torch.ones_like(ids))
     tower.train(training)
     pooled = getattr(out, "pooler_output", None)
-    width = getattr(tower.config, "hidden_size", None)
+    width = siglip.pooled_width(tower)
     if pooled is None or tuple(pooled.shape) != (1, width):
-        got = "none" if pooled is None else f"shape {tuple(pooled.shape)} with hidden_size {width}"
+        got = "none" if pooled is None else f"shape {tuple(pooled.shape)} of width {width}"
         raise ValueError(
-            f"{key}: {tower.config.model_type} has no usable pooler_output: expected (B, hidden_size), got {got}; "
+            f"{key}: {tower.config.model_type} has no usable pooler_output: expected (B, width), got {got}; "
             f"known to work: {', '.join(WORKING[modality])}"
         )
