@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS = {"contrastive only": "#c98b2b", "contrastive + relations": "#4a4fb5"}
+RUNS = {"contrastive only": "#c98b2b", "CoVLR, meta step": "#4a4fb5"}
 ROWS = {  # measure: label
     "i2t/r@10": "picture to its captions, R@10",
     "t2i/r@10": "caption to its picture, R@10",

@@ -40,6 +40,7 @@ TINY = {
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "intermediate_size": 64,
+                "initializer_range": 0.3,  # untrained captions differ: a frozen copy is then a teacher
             },
         },
     },

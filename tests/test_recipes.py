@@ -12,7 +12,7 @@ from vlscale.config import load_plan
 from vlscale.train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-TWINS = {"demo": "demo-quick", "emoji": "emoji-cpu"}
+TWINS = {"demo": "demo-quick", "emoji": "emoji-cpu", "rvlr-official": "rvlr-official-cpu"}
 
 
 def vlscale(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -38,28 +38,56 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 
 def test_the_demo_ends_with_a_table_and_a_report(demo):
     folder, said = demo
-    for name in ("contrastive only", "contrastive + relations", "rsum", "i2i", "t2t", "i2it", "t2it"):
+    for name in (
+        "contrastive only",
+        "relations, jointly",
+        "RVLR",
+        "CoVLR, meta step",
+        "rsum",
+        "i2i",
+        "t2t",
+        "i2it",
+        "t2it",
+    ):
         assert name in said
     report = (folder / "report.html").read_text()
     assert f"report: {folder / 'report.html'}" in said and "<svg" in report and "data:image/" in report
 
 
-def test_the_demos_fine_tuning_differs_in_the_relations_alone(demo):
+def test_the_demos_fine_tuning_differs_in_the_method_alone(demo):
     folder, _ = demo
-    runs = {name: read_metrics(folder / "runs" / name / "metrics.jsonl") for name in ("contrastive", "relations")}
-    keys = {name: [line["keys"] for line in lines] for name, lines in runs.items()}
-    assert keys["contrastive"] == keys["relations"]
-    assert set(runs["relations"][0]) - set(runs["contrastive"][0]) == {"relation_image", "relation_text"}
+    names = ("contrastive", "joint", "covlr", "rvlr")
+    runs = {name: read_metrics(folder / "runs" / name / "metrics.jsonl") for name in names}
+    assert len({tuple(line["keys"] for line in lines) for lines in runs.values()}) == 1
+    own = {name: set(lines[1]) - set(runs["contrastive"][1]) for name, lines in runs.items()}
+    assert own["joint"] == {"relation_image", "relation_text"}
+    assert own["covlr"] == own["joint"] | {"inner_lr", "inner_grad_norm"}
+    assert own["rvlr"] == {"iic", "ttc", "kd", "kd_image", "kd_text", "mixture_text"}
+    assert -1 <= runs["covlr"][0]["probe_gradient_cosine"] <= 1
+    assert 0 < runs["joint"][0]["probe_teacher_entropy_text"] < 1
 
 
 def test_demo_results_hold_every_measure_of_every_run(demo):
     folder, _ = demo
     results = json.loads((folder / "results.json").read_text())
-    assert len(results) == 4
+    assert len(results) == 6
     for result in results.values():
         assert {"rsum", "i2i/ndcg@10_norm", "t2t/ndcg@10_norm", "i2it/ndcg@10", "t2it/ndcg@10_paper"} <= set(
             result["metrics"]
         )
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "covlr", "rvlr"])
+def test_a_recipe_trains_under_any_objective(real_data, tmp_path, objective):
+    shards = real_data / "emoji"
+    arguments = [f"data.train={shards}/emoji-train-*.tar", f"objective.name={objective}", "meta.mode=heads"]
+    short = ["stages.teachers.train.max_steps=6", "train.max_steps=6", "eval.every=null"]
+    done = vlscale(
+        "train", str(ROOT / "configs/rvlr-official-cpu.yaml"), "--out", "run", *arguments, *short, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert ("needs a fusion encoder" in done.stderr) == (objective == "rvlr")
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 6
 
 
 def test_the_emoji_twin_trains_and_evaluates_by_its_labels(real_data, tmp_path):

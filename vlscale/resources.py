@@ -14,6 +14,10 @@ def launch_folder() -> Path:
     return _folder("launch")
 
 
+def benchmarks_folder() -> Path:
+    return _folder("benchmarks")
+
+
 def _folder(name: str) -> Path:
     in_checkout = (CHECKOUT / "setup.py").is_file() and (CHECKOUT / name).is_dir()
     return CHECKOUT / name if in_checkout else PACKAGE / f"_{name}"

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Protocol = Literal["auto", "pairs", "synthetic", "labels", "flickr30k", "vizwiz", "coco-5k", "coco-1k", "cxc", "eccv"]
 
@@ -29,25 +29,51 @@ class DataConfig(Section):
     max_repeats: int | None = Field(None, gt=0)  # passes over a source after which it ends; null: any number
     image_keys: list[str] = ["jpg", "jpeg", "png", "webp"]
     caption_key: str = "txt"  # a member's extension, or `json:FIELD` (a string or a list of strings)
-    captions: Literal["random", "first"] = "random"  # which one trains when a sample has several
+    captions: Literal["random", "first", "all"] = "random"  # which one trains when a sample has several; all: each in
+    # turn, one a pass over the corpus, so that after k passes each of k captions has trained once
     pair_id: str | None = None  # `json:FIELD`: samples with equal values are positives of each other
     augment: AugmentConfig = AugmentConfig()
     decode: Literal["fast", "pil"] = "fast"
     max_pixels: int = Field(64_000_000, gt=0)
     lanes: int | None = Field(None, gt=0)  # logical streams; null: largest power of two <= 64 that divides the batch
     window: int = Field(8, gt=0)  # blocks a lane shuffles together
+    length_buckets: int = Field(1, gt=0)  # groups of alike caption length in a window: less padding, batches of a kind
     workers: int = Field(0, ge=0)
     prefetch: int = Field(2, gt=0)  # batches decoded ahead
+    read_ahead_mb: float = Field(2048.0, gt=0)  # and at most so many megabytes of them on a rank, but at least one
     manifest_dir: str | None = None  # where shard indexes are kept; null: beside the shards, else the user's cache
     changed_shards: Literal["refuse", "next_epoch"] = "refuse"  # on resume, when the shards are not those of before
     damaged_shards: Literal["stop", "skip"] = "stop"  # what to do with a shard that is cut short or no tar
+    unreadable_shards: Literal["stop", "quarantine"] = "stop"  # what to do when reading fails for good while training;
+    # quarantine: all ranks leave the shard out from the same batch on, and a resumed run still does
     cache_dir: str | None = None  # remote shards are copied there before they are read; null: read by ranges
     cache_gb: float = Field(100.0, gt=0)  # bound of that folder; the copies used longest ago go first
+    allow_pipe: bool = False  # shards `pipe:COMMAND` are what the command writes, copied to cache_dir; runs commands!
 
     @field_validator("train", "val", mode="before")
     @classmethod
     def _one_url_is_a_list(cls, value: Any) -> Any:
         return value.split("::") if isinstance(value, str) else value
+
+    @property
+    def pipes(self) -> str | None:
+        """Where the output of `pipe:` shards is kept; None: they are refused."""
+        return self.cache_dir if self.allow_pipe else None
+
+    @model_validator(mode="after")
+    def _lengths_are_known(self) -> "DataConfig":
+        if self.length_buckets > 1 and self.caption_key.startswith("json:"):
+            raise ValueError(
+                f"data.length_buckets={self.length_buckets} needs captions in members of their own, whose length the "
+                f"index tells, got data.caption_key={self.caption_key}; set data.length_buckets=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pipes_have_a_place(self) -> "DataConfig":
+        if self.allow_pipe and self.cache_dir is None:
+            raise ValueError("data.allow_pipe=true needs data.cache_dir: what a command writes is kept there")
+        return self
 
     @model_validator(mode="after")
     def _a_weight_for_each_source(self) -> "DataConfig":
@@ -96,21 +122,25 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(Section):
-    source: Literal["none", "frozen_copy", "hf"] = "none"
+    source: Literal["none", "frozen_copy", "hf", "cache"] = "none"
     image: str | None = None  # hf: folder or hub name of a vision model or of a dual encoder
     text: str | None = None
+    cache: str | None = None  # cache: folder that `vlscale data teach` wrote; its teachers saw pictures unaugmented.
+    # teacher.image and teacher.text, when given beside it, have to be those teachers
 
     @model_validator(mode="after")
     def _folders(self) -> "TeacherConfig":
         if self.source == "hf" and not (self.image and self.text):
             raise ValueError("teacher.source=hf needs teacher.image and teacher.text")
+        if self.source == "cache" and not self.cache:
+            raise ValueError("teacher.source=cache needs teacher.cache, a folder that `vlscale data teach` wrote")
         return self
 
 
 class ObjectiveConfig(Section):
-    name: Literal["contrastive", "covlr"] = "contrastive"
+    name: Literal["contrastive", "covlr", "rvlr"] = "contrastive"
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    contrastive_weight: float = Field(1.0, ge=0)
+    contrastive_weight: float = Field(1.0, ge=0)  # rvlr's itc
     relation_weight: float = Field(0.2, ge=0)  # covlr only
     relation_weight_image: float | None = Field(None, ge=0)  # null: relation_weight
     relation_weight_text: float | None = Field(None, ge=0)
@@ -118,6 +148,15 @@ class ObjectiveConfig(Section):
     teacher_temperature: float = Field(0.1, gt=0)
     relation_scope: Literal["row", "matrix"] = "row"
     relation: Literal["cosine", "euclidean"] = "cosine"
+    # The next ones are rvlr's, by the paper's names; its official weights are configs/rvlr-official.yaml.
+    iic_weight: float = Field(0.25, ge=0)  # contrast of image embeddings with the image teacher's, projected
+    ttc_weight: float = Field(0.5, ge=0)
+    kd_weight: float = Field(0.5, ge=0)  # student relations against the mixture w T_text + (1 - w) T_image
+    kd_image_weight: float = Field(0.25, ge=0)  # the image teacher's relations against the mixture: what w learns from
+    kd_text_weight: float = Field(0.25, ge=0)
+    itm_weight: float | None = Field(None, ge=0)  # matching; null: 0, since there is no fusion encoder
+    relation_distance: Literal["mae", "mse", "kl", "wasserstein"] = "mae"
+    cross_modal_relation: bool = False  # kd also of the symmetrised image-text matrix (mae and mse)
     view_weight: float = Field(0.0, ge=0)  # contrast of two augmented views of a picture
     caption_weight: float = Field(0.0, ge=0)  # contrast of two captions of a sample
     impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
@@ -131,13 +170,51 @@ class ObjectiveConfig(Section):
         return self._relation_weight(self.relation_weight_text)
 
     def _relation_weight(self, own: float | None) -> float:
-        if self.name == "contrastive":
+        if self.name != "covlr":
             return 0.0
         return self.relation_weight if own is None else own
 
+    @property
+    def distils(self) -> bool:
+        """Whether a relation of a student is held to one of a teacher."""
+        of_rvlr = (self.kd_weight, self.kd_image_weight, self.kd_text_weight)
+        return any(of_rvlr if self.name == "rvlr" else (self.image_relation_weight, self.text_relation_weight))
+
+    @property
+    def needs_teachers(self) -> bool:
+        return self.distils or (self.name == "rvlr" and (self.iic_weight > 0 or self.ttc_weight > 0))
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ObjectiveConfig":
+        if self.name == "rvlr" and self.itm_weight:
+            raise ValueError(
+                f"objective.itm_weight={self.itm_weight} needs a fusion encoder, and the model has none; "
+                "set objective.itm_weight=0"
+            )
+        if self.name == "rvlr" and self.cross_modal_relation and self.relation_distance not in ("mae", "mse"):
+            raise ValueError(
+                f"objective.cross_modal_relation needs objective.relation_distance mae or mse, got "
+                f"{self.relation_distance}; choose one of them or set objective.cross_modal_relation=false"
+            )
+        return self
+
 
 class MetaConfig(Section):
-    mode: Literal["joint"] = "joint"
+    """CoVLR's meta step: consistency at theta, relations at theta' = theta - a grad(consistency)."""
+
+    mode: Literal["joint", "heads", "first_order", "finite_difference"] = "joint"  # joint: theta' = theta
+    inner_lr: float = Field(0.02, ge=0)
+    inner_lr_unit: Literal["absolute", "gradient", "parameter"] = "parameter"
+    # absolute: a = inner_lr; gradient: the shift is inner_lr long; parameter: inner_lr times as long as what it shifts
+    test_batch: Literal["same", "next"] = "same"  # the batch whose relations are looked at at theta'
+    epsilon: float | None = Field(None, gt=0)  # finite_difference: length of its two shifts over that of the
+    # parameters; null: 2e-5 in fp32, 2e-4 in bf16
+
+    @model_validator(mode="after")
+    def _next_needs_a_shift(self) -> "MetaConfig":
+        if self.mode == "joint" and self.test_batch == "next":
+            raise ValueError("meta.test_batch=next needs a meta step, got meta.mode=joint; set meta.mode=heads")
+        return self
 
 
 class OptimConfig(Section):
@@ -150,14 +227,18 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     final_lr_ratio: float = Field(0.0, ge=0, le=1)
     clip_norm: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
+    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of a tower's block over that of the one after it; 1: equal
+    unlock_after: dict[Literal["vision", "text"], PositiveInt] = {}  # steps that a tower waits unchanged
 
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     dtype: Literal["fp32", "bf16"] = "fp32"
-    comm: Literal["auto", "gather"] = "auto"
+    comm: Literal["auto", "gather", "ring", "half_ring"] = "auto"  # how embeddings of other ranks come; auto: by memory
     threads: int | None = Field(None, gt=0)  # CPU threads a rank; null: cores / ranks on this machine
     timeout_seconds: float = Field(600.0, gt=0)  # of every collective
+    step_timeout_seconds: float | None = Field(None, gt=0)  # of reading a batch, a step, a validation or a checkpoint;
+    # what takes longer is reported with its stacks in watchdog-rank-R.txt; null: never
     deepspeed: dict[str, Any] = {}  # further keys, passed through to DeepSpeed
 
 
@@ -167,7 +248,12 @@ class TrainConfig(Section):
     max_steps: int = Field(1000, gt=0)
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(500, gt=0)
+    checkpoint_minutes: float | None = Field(None, gt=0)  # and after so many minutes without one
     keep_checkpoints: int = Field(2, gt=0)
+    keep_best: str | None = None  # measure of the evaluations, as rsum: its best model so far is kept in best/
+    elastic: bool = False  # checkpoints that any world size and ZeRO stage can continue; as large again on disk
+    bad_numbers: Literal["stop", "skip", "rollback"] = "stop"  # what follows a loss or gradient that is not finite
+    max_bad_steps: int = Field(10, gt=0)  # so many of them in a row stop the run, whatever bad_numbers says
 
 
 class EvalConfig(Section):
@@ -182,6 +268,11 @@ class EvalConfig(Section):
 class LogConfig(Section):
     every: int = Field(10, gt=0)  # steps between lines where there is no terminal
     progress: bool = True  # false: neither bar nor lines
+    csv: bool = False  # the numbers of metrics.jsonl and eval.jsonl also in the run's monitors/metrics.csv
+    tensorboard: bool = False  # and for TensorBoard, in monitors/tensorboard
+    wandb: Literal["none", "offline", "online"] = "none"  # and for Weights & Biases
+    wandb_project: str = "vlscale"
+    diagnostics_every: int | None = Field(None, gt=0)  # steps between looks at relations and gradients; null: never
 
 
 class Config(Section):
@@ -202,22 +293,46 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below train.max_steps={self.train.max_steps}"
             )
+        for tower, until in self.optim.unlock_after.items():
+            if until >= self.train.max_steps:
+                raise ValueError(
+                    f"optim.unlock_after.{tower}={until} must be below train.max_steps={self.train.max_steps}: "
+                    "the tower would never learn; lock it with model.locked instead"
+                )
+        if self.train.keep_best is not None and self.data.val is None:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} needs evaluations, and data.val is not set; give data.val, "
+                "and eval.every for more than the last"
+            )
         o = self.objective
-        weights = (
-            o.contrastive_weight,
-            o.view_weight,
-            o.caption_weight,
-            o.image_relation_weight,
-            o.text_relation_weight,
-        )
-        if not any(weights):
+        if not (o.contrastive_weight or o.view_weight or o.caption_weight or o.needs_teachers):
             raise ValueError(
                 "every objective weight is 0: nothing would be learned; set objective.contrastive_weight=1"
             )
-        needs_teacher = self.objective.image_relation_weight > 0 or self.objective.text_relation_weight > 0
-        if needs_teacher and self.teacher.source == "none":
+        if o.needs_teachers and self.teacher.source == "none":
+            weights = "iic, ttc, kd, kd_image and kd_text weights" if o.name == "rvlr" else "relation_weight"
             raise ValueError(
-                f"objective.name={o.name} with a relation weight needs a teacher: got teacher.source=none, "
-                "expected frozen_copy or hf (with teacher.image and teacher.text), or set objective.relation_weight=0"
+                f"objective.name={o.name} needs a teacher: got teacher.source=none, expected frozen_copy, hf (with "
+                f"teacher.image and teacher.text) or cache (with teacher.cache), or set objective's {weights} to 0"
+            )
+        if self.meta_mode == "heads" and self.engine.comm in ("ring", "half_ring"):
+            raise ValueError(
+                f"meta.mode=heads differentiates the contrastive loss twice, which engine.comm={self.engine.comm} "
+                "cannot; set engine.comm=gather, or meta.mode=first_order"
+            )
+        if self.meta_mode == "heads" and o.loss == "sigmoid" and o.impl != "reference":
+            raise ValueError(
+                "meta.mode=heads differentiates the contrastive loss twice, which the fused sigmoid loss is not: set "
+                "meta.mode=first_order, objective.loss=softmax, or objective.impl=reference (quadratic memory)"
             )
         return self
+
+    @property
+    def teacher_cache(self) -> str | None:
+        """The cache to read, where the objective needs its rows."""
+        return self.teacher.cache if self.teacher.source == "cache" and self.objective.needs_teachers else None
+
+    @property
+    def meta_mode(self) -> str:
+        """`meta.mode`, or joint where no relation has a weight: there is then nothing to look at after a shift."""
+        return self.meta.mode if self.objective.distils else "joint"

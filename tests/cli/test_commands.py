@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlscale.cli import app
+from vlscale.cli.bench import SCRIPTS
 from vlscale.cli.demo import MARKER, claim_folder
 from vlscale.resources import launch_folder
 
@@ -20,12 +21,27 @@ COMMANDS = [
     "search",
     "export",
     "report",
+    "doctor",
+    "replay",
+    "data teach",
     "data",
     "data synth",
     "data import emoji",
     "data check",
     "data index",
+    "import",
+    "import open-clip",
 ]
+
+
+def test_bench_lists_its_benchmarks_and_passes_arguments_on():
+    assert "kernels" in CliRunner().invoke(app, ["bench"]).output
+    command = [sys.executable, "-m", "vlscale", "bench"]
+    for name in SCRIPTS:
+        done = subprocess.run([*command, name, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "usage" in done.stdout.lower(), (name, done.stderr)
+    done = subprocess.run([*command, "speed"], capture_output=True, text=True)
+    assert done.returncode == 2 and "choose from: kernels" in done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,8 @@ def titles(charts) -> list[str]:
 
 
 def test_loss_parts_rates_and_further_records(runs):
-    main, further = curves(runs)
+    main, diagnostics, further = curves(runs)
+    assert diagnostics == []
     assert titles(main) == [
         "Loss",
         "Consistency across modalities",
@@ -41,3 +42,12 @@ def test_a_step_without_a_duration_is_left_out(runs, seconds):
     lines[1]["seconds"] = seconds
     chart = curves([dataclasses.replace(runs[0], metrics=lines)])[0][-1]
     assert chart.lines[0].smooth.count("L") == 2
+
+
+def test_what_happened_to_relations_stands_together(runs):
+    lines = [{"step": step, "loss": 1.0, "samples": step, "seconds": 1.0} for step in range(1, 6)]
+    for line in lines[::2]:
+        line |= {"probe_gradient_cosine": -0.1 * line["step"], "mixture_text": 0.5}
+    _, diagnostics, further = curves([dataclasses.replace(runs[0], metrics=lines)])
+    assert len(titles(diagnostics)) == 2 and "below 0 they conflict" in titles(diagnostics)[0] and further == []
+    assert diagnostics[0].lines[0].smooth.count("L") == 2  # looked at in three steps of five

@@ -1,19 +1,15 @@
 """The real launcher: two gloo ranks under `deepspeed`, every ZeRO stage in one launch, against one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlscale.cli.launcher import free_port
+from tests.train.launcher import launch
 from vlscale.config import load_plan
 from vlscale.evaluate.run import EvalRequest, evaluate_model
-from vlscale.resources import launch_folder
 from vlscale.train.metrics_file import read_metrics
 from vlscale.train.plan import train_plan
 
@@ -26,13 +22,6 @@ RUNS = {
     "chunks-zero3": "engine: {zero_stage: 3}, train: {chunk_size: 4}",
     "bf16": "engine: {zero_stage: 2, dtype: bf16}",
 }
-
-
-def launch(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2"]
-    command += ["--master_port", str(free_port()), str(launch_folder() / "train.py"), str(config), "--out", str(out)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_resume_ends_with_the_same_bytes_and_no_doubled_steps(undisturbed, tiny_
 
 
 KILLED_AT = {  # a function that training calls, and the call of it in which the process ends
-    "mid-step": ("vlscale.train.loop.joint_step", 4),
+    "mid-step": ("vlscale.train.step.total_loss", 4),
     "mid-save": ("vlscale.train.checkpoint._checksums", 3),
 }
 VICTIM = """
@@ -118,7 +118,7 @@ def test_kill_9_then_resume_ends_with_the_same_bytes(undisturbed, tiny_config, t
 
 def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(undisturbed, tiny_config, tmp_path):
     out = tmp_path / "run"
-    script = VICTIM.replace("SIGKILL", "SIGTERM").format(module="vlscale.train.loop", name="joint_step", call=3)
+    script = VICTIM.replace("SIGKILL", "SIGTERM").format(module="vlscale.train.step", name="total_loss", call=3)
     arguments = ["train", str(tiny_config), "--out", str(out), "train.checkpoint_every=100"]
     stopped = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert stopped.returncode == 75 and "stopped by a signal after step 3; continue with --resume" in stopped.stderr

@@ -6,7 +6,7 @@ import time
 
 import typer
 
-from vlscale.cli import data, demo, embed, evaluate, export, report, search, train
+from vlscale.cli import bench, data, demo, doctor, embed, evaluate, export, import_model, replay, report, search, train
 from vlscale.logging import setup_logging
 
 OTHERS_WAIT = 10.0  # seconds
@@ -26,7 +26,14 @@ app.command("embed")(embed.embed)
 app.command("search")(search.search)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("replay")(replay.replay)
+app.command("doctor")(doctor.doctor)
+app.command(
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(bench.bench)
 app.add_typer(data.app, name="data")
+app.add_typer(import_model.app, name="import")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,9 @@ SHOWN = {  # run to its name in the table and the report, in the order of the st
     "teachers": "teachers (no pairing)",
     "pretrain": "pretrained",
     "contrastive": "contrastive only",
-    "relations": "contrastive + relations",
+    "joint": "relations, jointly",
+    "rvlr": "RVLR",
+    "covlr": "CoVLR, meta step",
 }
 
 
@@ -44,7 +46,7 @@ def demo(
     data = folder / "data"
     make_corpus(data, synth_config(PRESET, pairs=4000 if quick else 12_000, val_pairs=400 if quick else 1000))
 
-    say(f"2/4  training teachers, then pretraining, then fine-tuning two ways, on {RANKS} ranks under DeepSpeed ZeRO-2")
+    say(f"2/4  training teachers, then pretraining, fine-tuning four ways, on {RANKS} ranks under DeepSpeed ZeRO-2")
     config = configs_folder() / ("demo-quick.yaml" if quick else "demo.yaml")
     launch_training(config, folder / "runs", [f"data.train={data}/train-*.tar"], RANKS)
 
@@ -58,7 +60,8 @@ def demo(
     say("4/4  writing the report")
     results = {report.name: report.result for report in reports}
     (folder / "results.json").write_text(json.dumps({name: r.to_dict() for name, r in results.items()}, indent=1))
-    page = write_report(folder / "report.html", reports, title="vlscale demo", before=SHOWN["pretrain"])
+    compared = {"before": SHOWN["pretrain"], "against": SHOWN["contrastive"]}
+    page = write_report(folder / "report.html", reports, title="vlscale demo", **compared)
     Console(width=None if Console().is_terminal else 100).print(render(results))
     print(f"report: {page.resolve()}")
     print(f"models: {(folder / 'runs').resolve()}/{{{','.join(SHOWN)}}}/final")

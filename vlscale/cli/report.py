@@ -14,7 +14,7 @@ def report(
 ) -> None:
     """Curves, retrieval tables and galleries, in one self-contained file."""
     from vlscale.evaluate.run import run_config
-    from vlscale.progress import Progress
+    from vlscale.progress import LINE_SECONDS, Progress
     from vlscale.report.collect import collect_run
     from vlscale.report.write import write_report
 
@@ -25,6 +25,6 @@ def report(
         raise ValueError(f"report: {runs[0]} names no data.val; give the shards to evaluate on with --data")
     reports = []
     for run in runs:
-        with Progress(f"embedding {run.name}", None, "samples") as progress:
+        with Progress(f"embedding {run.name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
             reports.append(collect_run(run.name, run, data, progress))
     print(f"report: {write_report(out, reports, title=title).resolve()}")

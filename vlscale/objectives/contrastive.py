@@ -1,12 +1,13 @@
 """Contrast of two sets of matching embeddings over the global batch: image with text, view with view.
 
-Legend: B pairs of this rank, N = W B pairs of all W ranks, D width.
+Legend: B pairs of this rank, D width.
 """
 
 import torch
 
-from vlscale.distributed import Ranks, gather_rows
-from vlscale.kernels import contrastive_loss, sigmoid_loss
+from vlscale.distributed import Ranks
+from vlscale.objectives.sharded_contrastive import sharded_contrastive_loss
+from vlscale.objectives.sharded_sigmoid import sharded_sigmoid_loss
 
 Metrics = dict[str, torch.Tensor]
 
@@ -19,17 +20,19 @@ def contrastive(
     pair_id: torch.Tensor,
     ranks: Ranks,
     *,
+    comm: str,
     impl: str,
     name: str = "contrastive",
 ) -> tuple[torch.Tensor, Metrics]:
-    """The softmax loss, or the sigmoid loss where there is a `logit_bias`.
+    """The softmax loss, or the sigmoid loss where there is a `logit_bias`, of the whole global batch: the same number
+    on every rank, of which each has computed its own rows.
 
-    `first`, `second`: (B, D) unit rows; `pair_id`: (B,), equal ids are positives. Every rank computes the loss of the
-    whole global batch from gathered rows; `gather_rows` states why the engine's average is then its exact gradient.
+    `first`, `second`: (B, D) unit rows; `pair_id`: (B,), equal ids are positives. `vlscale.distributed.gather` states
+    why the engine's average over ranks is then its exact gradient.
     """
-    first, second, pair_id = (gather_rows(rows, ranks) for rows in (first, second, pair_id))
+    how = {"pair_id": pair_id, "ranks": ranks, "comm": comm, "impl": impl}
     if logit_bias is None:
-        loss = contrastive_loss(first, second, logit_scale, pair_id=pair_id, impl=impl)
+        loss = sharded_contrastive_loss(first, second, logit_scale, **how)
     else:
-        loss = sigmoid_loss(first, second, logit_scale, logit_bias, pair_id=pair_id, impl=impl)
+        loss = sharded_sigmoid_loss(first, second, logit_scale, logit_bias, **how)
     return loss, {name: loss.detach()}

@@ -23,6 +23,28 @@ PARTS = {  # parts of the loss in metrics.jsonl -> title
     "relation_text": "Relations between captions",
     "view": "Two views of a picture",
     "caption": "Two captions of a sample",
+    "iic": "Pictures with their teacher's",
+    "ttc": "Captions with their teacher's",
+    "kd": "Relations to the mixture of the teachers'",
+    "kd_image": "The image teacher's relations to the mixture",
+    "kd_text": "The text teacher's relations to the mixture",
+}
+DIAGNOSTICS = {  # of the probe batch, see vlscale.train.diagnostics
+    "probe_gradient_cosine": "Gradients of consistency and of relations: cosine (below 0 they conflict)",
+    "probe_rank_correlation_image": "Pictures: rank correlation of relations with the teacher's",
+    "probe_rank_correlation_text": "Captions: rank correlation of relations with the teacher's",
+    "probe_relation_change_image": "Pictures: mean change of a relation from the teacher's",
+    "probe_relation_change_text": "Captions: mean change of a relation from the teacher's",
+    "probe_image_strength": "Share of the captions in the change (above 0.5: they give way)",
+    "probe_entropy_image": "Pictures: entropy of relations",
+    "probe_entropy_text": "Captions: entropy of relations",
+    "probe_teacher_entropy_image": "Image teacher: entropy of relations",
+    "probe_teacher_entropy_text": "Text teacher: entropy of relations",
+    "probe_modality_gap": "Distance of the modalities' means",
+    "mixture_text": "Share of the text teacher in the mixture",
+    "inner_lr": "Inner rate of the meta step",
+    "inner_grad_norm": "Norm of the meta step's inner gradient",
+    "shift_cosine": "Meta step: intended against realised shift",
 }
 BOOKKEEPING = {"step", "loss", "lr", "samples", "seconds", "keys", "epoch", "skipped"}  # of no chart by its name
 
@@ -40,18 +62,20 @@ def write_report(
     title: str = "Retrieval report",
     teacher: EmbeddedCorpus | None = None,
     before: str | None = None,
+    against: str | None = None,
 ) -> Path:
     """Write the runs' report to `path`: one HTML file that needs nothing else.
 
-    Tables and curves show all runs; the first screen and the galleries compare the last two, before and after.
+    Tables and curves show all runs; the first screen and the galleries compare the last one with the one named
+    `against`, by default the one before it.
     The galleries also show the run named `before`, such as the model that fine-tuning started from. `teacher` holds the
     teachers' embeddings of the same samples, for the pictures of relation matrices.
     """
     check_runs(runs, teacher)
     results = {run.name: run.result for run in runs}
-    pair = runs[-2:]
+    pair = [run for run in runs[:-1] if run.name == against] + runs[-1:] if against else runs[-2:]
     found = changes(pair[0].result, pair[1].result) if len(pair) > 1 else []
-    main_curves, further_curves = curves(runs)
+    main_curves, diagnostics, further_curves = curves(runs)
     html = (
         environment()
         .get_template("report.html")
@@ -64,10 +88,11 @@ def write_report(
             reach=reach(found),
             reached=[(endpoint, runs[0].result[name]) for endpoint, name in endpoints(runs[0].result)],
             curves=main_curves,
+            diagnostics=diagnostics,
             further_curves=further_curves,
             sections=sections(results),
             relations=relations(runs, teacher),
-            galleries=galleries(runs, before),
+            galleries=galleries([run for run in runs if run not in pair] + pair, before),
             notes=notes(results),
         )
     )
@@ -97,9 +122,9 @@ def environment() -> Environment:
     return env
 
 
-def curves(runs: list[RunReport]) -> tuple[list[charts.Chart], list[charts.Chart]]:
-    """Loss, its parts where there is more than one, learning rate, speed; and whatever else the runs recorded. All runs
-    on the same axes."""
+def curves(runs: list[RunReport]) -> tuple[list[charts.Chart], list[charts.Chart], list[charts.Chart]]:
+    """Loss, its parts where there is more than one, learning rate, speed; what happened to relations; and whatever else
+    the runs recorded. All runs on the same axes."""
 
     def drawn(
         title: str, values: Callable[[list[dict]], list[float]], unit: str = "", **how: bool
@@ -121,9 +146,13 @@ def curves(runs: list[RunReport]) -> tuple[list[charts.Chart], list[charts.Chart
         recorded("lr", "Learning rate", from_zero=True, smooth=False),
         drawn("Speed", _speed, "pairs a second", from_zero=True),
     ]
-    others = [name for name in names if name not in PARTS and name not in BOOKKEEPING]
+    diagnostics = [recorded(name, title, smooth=False) for name, title in DIAGNOSTICS.items() if name in names]
+    others = [name for name in names if name not in PARTS and name not in DIAGNOSTICS and name not in BOOKKEEPING]
     further = [recorded(name, name.replace("_", " ").capitalize()) for name in others]
-    return [chart for chart in main if chart is not None], [chart for chart in further if chart is not None]
+    main, diagnostics, further = (
+        [chart for chart in group if chart is not None] for group in (main, diagnostics, further)
+    )
+    return main, diagnostics, further
 
 
 def _speed(lines: list[dict]) -> list[float]:

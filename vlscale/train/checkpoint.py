@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-N/    engine/            DeepSpeed's own files (weights, optimizer states, one file a rank)
                                rank-R.pt          random states and data-stream state of rank R
+                               full/              with train.elastic: the same for any world size and ZeRO stage
                                manifest.json      written last: step, world size, size and SHA-256 of every file
 
 Everything is written into `.step-N.partial`, flushed to disk, and renamed. A folder whose manifest is missing or does
@@ -16,16 +17,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from vlscale.data.lanes import merge_states
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
+from vlscale.sections import TrainConfig
+from vlscale.train.bad_numbers import BadSteps
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FULL = "full"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,44 @@ class Layout:
 class Restored:
     step: int
     stream_state: Any
+    bad_steps: BadSteps
+
+
+class Saved(Protocol):
+    """An engine."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def save_full(self, folder: Path) -> None: ...
+
+    def load_full(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Those of one run. Every method is called by all ranks together."""
+
+    root: Path
+    layout: Layout
+    engine: Saved
+    ranks: Ranks
+    train: TrainConfig
+
+    def save(self, step: int, stream_state: Any, bad_steps: BadSteps) -> None:
+        def write(folder: Path) -> None:
+            self.engine.save(folder)
+            if self.train.elastic:
+                self.engine.save_full(folder / FULL)
+
+        keep = self.train.keep_checkpoints
+        save_checkpoint(self.root, step, self.layout, stream_state, write, self.ranks, keep, bad_steps)
+
+    def load(self, before: int | None = None) -> Restored | None:
+        """The newest complete one, of a step below `before`."""
+        load_full = self.engine.load_full
+        return load_checkpoint(self.root, self.layout, self.engine.load, self.ranks, load_full, before)
 
 
 def save_checkpoint(
@@ -51,6 +94,7 @@ def save_checkpoint(
     save_engine: Callable[[Path], None],
     ranks: Ranks,
     keep: int,
+    bad_steps: BadSteps | None = None,
 ) -> Path:
     """Write `root/step-N` for all ranks together, then remove all but the newest `keep`."""
     partial, final = root / f".step-{step}.partial", root / f"step-{step}"
@@ -59,7 +103,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     ranks.barrier()
     save_engine(partial)
-    torch.save({"stream": stream_state, "random": _random_state()}, partial / f"rank-{ranks.rank}.pt")
+    own = {"stream": stream_state, "random": _random_state(), "bad_steps": vars(bad_steps or BadSteps())}
+    torch.save(own, partial / f"rank-{ranks.rank}.pt")
     ranks.barrier()
     if ranks.first:
         manifest = {"format": FORMAT, "step": step, "layout": vars(layout), "files": _checksums(partial)}
@@ -75,27 +120,53 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(root: Path, layout: Layout, load_engine: Callable[[Path], None], ranks: Ranks) -> Restored | None:
-    """Continue from the newest complete checkpoint under `root`; None when there is none."""
-    folder = ranks.from_first(newest_complete(root) if ranks.first else None)
+def load_checkpoint(
+    root: Path,
+    layout: Layout,
+    load_engine: Callable[[Path], None],
+    ranks: Ranks,
+    load_full: Callable[[Path], None] | None = None,
+    before: int | None = None,
+) -> Restored | None:
+    """Continue from the newest complete checkpoint under `root`, of a step below `before`; None when there is none.
+
+    Where the world size or the stage has changed, `load_full` is given the form that any of them can read.
+    """
+    folder = ranks.from_first(newest_complete(root, before) if ranks.first else None)
     if folder is None:
         return None
     manifest = json.loads((folder / MANIFEST).read_text())
-    for name, expected in vars(layout).items():
-        if manifest["layout"][name] != expected:
-            raise ValueError(
-                f"checkpoint {folder}: made with {name} {manifest['layout'][name]}, got {expected}; "
-                f"continue with the same {name}, or start another run with model.init_from"
-            )
-    load_engine(folder)
-    # Our own file: it holds Python's and NumPy's random states, which the weights-only reader does not know.
-    own = torch.load(folder / f"rank-{ranks.rank}.pt", weights_only=False)
-    _set_random_state(own["random"])
-    return Restored(manifest["step"], own["stream"])
+    changed = [name for name, value in vars(layout).items() if manifest["layout"][name] != value]
+    elastic = "dtype" not in changed and (folder / FULL).is_dir() and load_full is not None
+    if changed and not elastic:
+        name = changed[0]
+        raise ValueError(
+            f"checkpoint {folder}: made with {name} {manifest['layout'][name]}, got {vars(layout)[name]}; "
+            f"continue with the same {name}, or start another run with model.init_from"
+            + ("" if name == "dtype" else "; checkpoints made with train.elastic=true continue at any")
+        )
+    if not changed:
+        load_engine(folder)
+        own = _own(folder, ranks.rank)
+        _set_random_state(own["random"])
+        return Restored(manifest["step"], own["stream"], BadSteps(**own["bad_steps"]))
+    load_full(folder / FULL)
+    everyone = [_own(folder, rank) for rank in range(manifest["layout"]["world_size"])]
+    if ranks.rank < len(everyone):
+        _set_random_state(everyone[ranks.rank]["random"])
+    stream_state = merge_states([own["stream"] for own in everyone])
+    return Restored(manifest["step"], stream_state, BadSteps(**everyone[0]["bad_steps"]))
 
 
-def newest_complete(root: Path) -> Path | None:
+def _own(folder: Path, rank: int) -> dict[str, Any]:
+    """Our own file: it holds Python's and NumPy's random states, which the weights-only reader does not know."""
+    return torch.load(folder / f"rank-{rank}.pt", weights_only=False)
+
+
+def newest_complete(root: Path, before: int | None = None) -> Path | None:
     for folder in _by_step(root):
+        if before is not None and _step_of(folder) >= before:
+            continue
         fault = _fault(folder)
         if fault is None:
             return folder
@@ -106,7 +177,11 @@ def newest_complete(root: Path) -> Path | None:
 def _by_step(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _fault(folder: Path) -> str | None:

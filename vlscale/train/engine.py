@@ -9,6 +9,8 @@ import gc
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from torch.nn.utils import get_total_norm
 
 from vlscale.distributed import Ranks
 from vlscale.sections import Config, EngineConfig
-from vlscale.train.optimizer import build_optimizer
+from vlscale.train.elastic import load_full, save_full
+from vlscale.train.gradients import Gradients, Held, parameter_norm, shifted
+from vlscale.train.optimizer import build_optimizer, set_rates
 
 TAG = "engine"  # folder of DeepSpeed's files inside one of our checkpoints
 
@@ -68,6 +72,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     zero = {"stage": config.engine.zero_stage} | extra.pop("zero_optimization", {})
     if zero["stage"] != config.engine.zero_stage:
         raise ValueError("engine.deepspeed.zero_optimization.stage contradicts engine.zero_stage; set only the latter")
+    if config.engine.dtype == "bf16":  # without ZeRO, DeepSpeed has no float32 master weights: stage 1 is the same sum
+        zero["stage"] = max(1, zero["stage"])
     return derived | {"zero_optimization": zero} | extra
 
 
@@ -77,12 +83,19 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks):
         deepspeed = _import_deepspeed()
         self.ranks = ranks
+        self._optimizer = build_optimizer(model, config.optim)
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optim),
+            optimizer=self._optimizer,
             config=deepspeed_config(config, ranks.size),
         )
         self._sharded = config.engine.zero_stage > 0 or config.engine.dtype == "bf16"
+        self._split = ranks if config.engine.zero_stage == 3 else None  # the ranks that parameters are split over
+        self.learned_names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        self.learned = [p for p in self.module.parameters() if p.requires_grad]
+        self.sizes = [getattr(p, "ds_numel", p.numel()) for p in self.learned]
+        self.dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+        self._norms: list[torch.Tensor] = []  # of this rank's gradients of the last backward
 
     @property
     def module(self) -> nn.Module:
@@ -91,16 +104,99 @@ class Engine:
     def __call__(self, **inputs: torch.Tensor) -> Any:
         return self._engine(**inputs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self._engine.backward(loss)
+    def plain(self, **inputs: torch.Tensor) -> Any:
+        """A forward whose backward is `gradients`, beside the engine's own bookkeeping."""
+        return self.module(**inputs)
 
-    def step(self, lr: float) -> float:
+    def backward(self, loss: torch.Tensor, change: Callable[[int, torch.Tensor], torch.Tensor] | None = None) -> None:
+        """`change`: given a learned parameter's place in `learned` and this rank's gradient of it, the gradient that
+        the engine is to average instead."""
+        hooks = [
+            parameter.register_hook(lambda grad, index=index: change(index, grad))
+            for index, parameter in enumerate(self.learned if change is not None else [])
+        ]
+        self._norms = []
+        hooks += [parameter.register_hook(self._note_norm) for parameter in self.learned]
+        try:
+            self._engine.backward(loss)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note_norm(self, grad: torch.Tensor) -> None:
+        self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+
+    def local_norm(self) -> torch.Tensor:
+        """() of what this rank handed to the engine in the last backward, before the ranks' average: not finite where
+        any element is not. Known at every ZeRO stage without waiting for the device."""
+        return torch.stack(self._norms).norm()
+
+    def gradients(self, loss: torch.Tensor) -> Gradients:
+        """Of the learned parameters, averaged over ranks; nothing is accumulated, nothing is updated."""
+        return Gradients.of(loss, self.learned, self.ranks)
+
+    @contextmanager
+    def shifted(self, along: Gradients, rate: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Parameters moved by rate * along inside the block; see `gradients.shifted`."""
+        self._drop_gathered()
+        with shifted(self._held(), along, rate, self._split) as cosine:
+            yield cosine
+            self._drop_gathered()
+
+    def parameter_norm(self) -> torch.Tensor:
+        return parameter_norm(self._held(), self._split)
+
+    def _held(self) -> list[Held]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+        def whole(parameter: nn.Parameter) -> Held:
+            def master() -> torch.Tensor:
+                full = safe_get_full_fp32_param(parameter) if self.dtype == torch.bfloat16 else None
+                return parameter.detach().reshape(-1) if full is None else full.reshape(-1)
+
+            return Held(parameter.detach().view(-1), 0, master)
+
+        def shard(parameter: nn.Parameter) -> Held:
+            values = parameter.ds_tensor.detach()
+            start = min(self.ranks.rank * values.numel(), parameter.ds_numel)
+            count = min(values.numel(), parameter.ds_numel - start)  # the last shards end in padding
+
+            def master() -> torch.Tensor:
+                full = safe_get_local_fp32_param(parameter) if self.dtype == torch.bfloat16 else values
+                return full.reshape(-1)[:count]
+
+            return Held(values[:count], start, master)
+
+        return [whole(p) if self._split is None else shard(p) for p in self.learned]
+
+    def _drop_gathered(self) -> None:
+        """ZeRO-3 keeps small parameters gathered, and those of modules whose inputs need no gradient until the engine's
+        own backward has ended; drop the copies, so that the next use gathers what the shards say."""
+        if self._split is not None:
+            self._engine.optimizer.parameter_offload.partition_all_parameters()
+
+    def set_rates(self, lr: float, step: int) -> None:
+        """For optimizer step `step`, before its backward."""
+        set_rates(self._optimizer, lr, step)
+
+    def step(self) -> float:
         """Average the gradients over ranks, clip them, update. Returns the global gradient norm before clipping."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
         plain = None if self._sharded else self._norm_of_averaged_gradients()
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if plain is None else plain)
+
+    def drop_gradients(self) -> None:
+        """Forget the last backward; what DeepSpeed does with gradients that overflowed."""
+        optimizer = self._engine.optimizer
+        optimizer.zero_grad()
+        if hasattr(optimizer, "_release_preflattened_grad_buffers"):  # stages 1 and 2
+            optimizer._release_preflattened_grad_buffers()
+            optimizer.all_grad_tensors = {}
+            optimizer.micro_step_id = -1
+        if hasattr(optimizer, "averaged_gradients"):
+            optimizer.averaged_gradients = {}
+        if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+            optimizer.reset_cpu_buffers()
 
     def _norm_of_averaged_gradients(self) -> torch.Tensor:
         """Stage 0 in fp32 has no DeepSpeed optimizer that would know it; gradients are already averaged."""
@@ -111,6 +207,98 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         self._engine.load_checkpoint(str(folder), tag=TAG)
+        self._moments_moved()
+
+    def save_full(self, folder: Path) -> None:
+        save_full(self, folder)
+
+    def load_full(self, folder: Path) -> None:
+        load_full(self, folder)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Of the model, by name, without those that models make anew."""
+        kept = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+
+    def moments(self) -> list[str]:
+        """What the optimizer keeps for every element, by its own names; empty before its first step."""
+        state = next(iter(self._optimizer.state.values()), {})
+        return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.ndim)
+
+    def full(self, index: int, key: str | None) -> torch.Tensor:
+        """A learned parameter in float32, or one of its moments, whole on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.learned[index]
+        if not self._sharded:
+            return parameter.detach().float() if key is None else self._optimizer.state[parameter][key]
+        if key is None:
+            return safe_get_full_fp32_param(parameter)
+        self._link_moments()
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def set_full(self, index: int, key: str | None, value: torch.Tensor) -> None:
+        """What `full` gives, put back at this world size and stage; `start_moments` comes first."""
+        from deepspeed import utils
+
+        parameter = self.learned[index]
+        value = value.to(self.ranks.device)
+        if not self._sharded:
+            (parameter.data if key is None else self._optimizer.state[parameter][key]).copy_(value)
+        elif self._split is not None:
+            shard = parameter.ds_tensor
+            padded = nn.functional.pad(value.reshape(-1), (0, shard.numel() * self.ranks.size - value.numel()))
+            own = padded[shard.numel() * self.ranks.rank :][: shard.numel()]
+            if key is not None:
+                utils.safe_set_local_optimizer_state(parameter, own, key)
+            else:
+                self._drop_gathered()
+                utils.safe_set_local_fp32_param(parameter, own)
+                shard.data.copy_(own)
+        elif key is not None:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            utils.safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+    def optimizer_steps(self) -> list[float]:
+        """The optimizer's own count of its steps, by parameter group; empty where it keeps none."""
+        counts: dict[int, float] = {}
+        for flat, group in self._flat_parts():
+            if "step" in (state := self._optimizer.state.get(flat, {})):
+                counts[group] = float(state["step"])
+        return [counts[group] for group in sorted(counts)]
+
+    def start_moments(self, moments: list[str], steps: list[float]) -> None:
+        """The optimizer as it is after that many steps of its groups, moments zero."""
+        for flat, group in self._flat_parts():
+            count = {"step": torch.tensor(steps[group], dtype=torch.float32)}
+            self._optimizer.state[flat] = count | {key: torch.zeros_like(flat) for key in moments}
+        self._moments_moved()
+        self._link_moments()
+
+    def _moments_moved(self) -> None:
+        """Stages 1 and 2 keep views of the moments with the parameters, which a load leaves behind."""
+        if hasattr(self._engine.optimizer, "_hp_optimizer_states_linked"):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+
+    def _link_moments(self) -> None:
+        if hasattr(self._engine.optimizer, "_hp_optimizer_states_linked"):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_parts(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """The tensors that the optimizer itself updates on this rank, each with its parameter group."""
+        wrapper = self._engine.optimizer
+        if not self._sharded:
+            for group, settings in enumerate(self._optimizer.param_groups):
+                yield from ((parameter, group) for parameter in settings["params"])
+        elif self._split is not None:
+            for part, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+                yield flat, wrapper.sub_group_to_group_id[part]
+        else:
+            flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
+            flats = wrapper.fp32_groups_flat_partition if flats is None else flats
+            yield from ((flat, group) for group, flat in enumerate(flats))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The full float32 state dict on the CPU of rank 0, from the master weights; empty on the other ranks."""
@@ -126,8 +314,7 @@ class Engine:
             if self.ranks.first:
                 gathered[name] = full.float().cpu()
         if self.ranks.first:
-            kept = self.module.state_dict().keys()  # buffers that models make anew are not among them
-            gathered |= {name: buffer.cpu() for name, buffer in self.module.named_buffers() if name in kept}
+            gathered |= {name: buffer.cpu() for name, buffer in self.buffers().items()}
         return gathered
 
     def close(self) -> None:

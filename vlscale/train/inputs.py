@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.tokens import tokenise
+from vlscale.models.rows import unit
 from vlscale.models.teachers import Teacher, Teachers
 
 
@@ -21,8 +22,10 @@ class Inputs:
         teachers: Teachers | None,
         device: torch.device,
         max_length: int,
+        dtype: torch.dtype = torch.float32,
     ):
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
+        self._dtype = dtype  # of cached rows, as the teachers' own would be
         self._teacher_spec = spec
         self._teacher_tokenizer = None  # None: the student's token ids serve
         if teachers is not None and teachers.image.source is not None:
@@ -45,7 +48,11 @@ class Inputs:
         }
 
     def teacher_rows(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Image and text embeddings (B, D_teacher) of the teachers for the first views; None without teachers."""
+        """Image and text embeddings (B, D_teacher) of the teachers for the first views, or those that a teacher cache
+        has of the samples; None without teachers."""
+        if batch.teacher_image is not None:
+            image, text = (unit(rows.to(self.device)) for rows in (batch.teacher_image, batch.teacher_text))
+            return image.to(self._dtype), text.to(self._dtype)
         if self.teachers is None:
             return None, None
         return self._image_rows(self.teachers.image, batch), self._text_rows(self.teachers.text, batch)

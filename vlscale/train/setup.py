@@ -1,6 +1,7 @@
 """Everything that a run needs before its first step: folder, tokenizer, image processor, model, teachers, stream."""
 
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,18 +10,23 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from vlscale.config import dump
+from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec
 from vlscale.data.lanes import StreamState
 from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream
+from vlscale.data.teacher_cache import read_header
 from vlscale.data.tokens import train_tokenizer
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_folder
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
-from vlscale.models.teachers import Teachers, build_teachers
+from vlscale.models.teacher_heads import TeacherHeads
+from vlscale.models.teachers import Teachers, build_teachers, check_not_constant
 from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
 from vlscale.sections import Config
+from vlscale.train.agreed_stream import AgreedStream
+from vlscale.train.cached_teachers import check_teacher_cache
 from vlscale.train.inputs import Inputs
 
 TOKENIZER = "tokenizer"  # folder in a run
@@ -68,9 +74,9 @@ def check_sizes(config: Config) -> None:
         )
 
 
-def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState | None) -> TrainStream:
+def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState | None) -> TrainStream | AgreedStream:
     """The rank's batches, from the beginning or after the one whose `state` is given."""
-    return TrainStream(
+    stream = TrainStream(
         config.data,
         parts.spec,
         parts.tokenizer,
@@ -81,8 +87,33 @@ def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState 
         world_size=ranks.size,
         second_view=config.objective.view_weight > 0,
         second_caption=config.objective.caption_weight > 0,
+        teacher_cache=config.teacher_cache,
         state=state,
     )
+    return AgreedStream(stream, ranks) if config.data.unreadable_shards == "quarantine" else stream
+
+
+def build_probe(config: Config, parts: Parts, ranks: Ranks) -> Batch | None:
+    """This rank's part of the run's first global batch, where diagnostics are asked for."""
+    if config.log.diagnostics_every is None:
+        return None
+    with closing(iter(build_stream(config, parts, ranks, state=None))) as batches:
+        return next(batches)
+
+
+def check_teachers(parts: Parts, batch: Batch, ranks: Ranks) -> None:
+    """Raises the same ValueError on every rank when a teacher's relations in the batch say nothing."""
+    image, text = parts.inputs.teacher_rows(batch)
+    found = None
+    try:
+        if image is not None:
+            check_not_constant(image, "teacher.image")
+            check_not_constant(text, "teacher.text")
+    except ValueError as error:
+        found = str(error)
+    said = [each for each in ranks.gather_objects(found) if each is not None]
+    if said:
+        raise ValueError(said[0])
 
 
 def check_same_data(manifest_hash: str, ranks: Ranks) -> None:
@@ -98,6 +129,7 @@ def check_same_data(manifest_hash: str, ranks: Ranks) -> None:
 
 def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     """The same on every rank: weights are drawn from `train.seed`."""
+    check_teacher_cache(config, ranks)
     tokenizer = build_tokenizer(config, folder, ranks)
     tokenizer.model_max_length = config.model.text.max_length  # so that `final/` cuts where training did
     if config.model.text.config is not None:
@@ -106,17 +138,31 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         config = config.model_copy(update={"model": config.model.model_copy(update={"text": fitted})})
     torch.manual_seed(config.train.seed)
     model = build_dual_encoder(config.model, sigmoid=config.objective.loss == "sigmoid")
+    if config.meta_mode == "heads" and model.is_siglip:
+        raise ValueError("meta.mode=heads moves the projections, and SigLIP has none; set meta.mode=first_order")
     check_room(model.text_model, config.model.text.max_length)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
-    teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
+    teachers = None
+    if config.objective.needs_teachers:
+        teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
+    if config.objective.name == "rvlr":
+        model.teacher_heads = TeacherHeads(*_teacher_widths(config, teachers), config.model.embed_dim)
+        get_logger().info("objective.itm_weight is 0: matching needs a fusion encoder, and the model has none")
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     if teachers is not None:
-        dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
         for teacher in (teachers.image, teachers.text):
             teacher.to(ranks.device, dtype)
-    inputs = Inputs(spec, tokenizer, teachers, ranks.device, config.model.text.max_length)
+    inputs = Inputs(spec, tokenizer, teachers, ranks.device, config.model.text.max_length, dtype)
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
     return Parts(tokenizer, processor, spec, model, teachers, inputs)
+
+
+def _teacher_widths(config: Config, teachers: Teachers | None) -> tuple[int, int]:
+    if teachers is not None:
+        return teachers.image.width, teachers.text.width
+    header = read_header(Path(config.teacher.cache).expanduser())
+    return header.image.width, header.text.width
 
 
 def build_tokenizer(config: Config, folder: Path, ranks: Ranks) -> PreTrainedTokenizerBase:

@@ -32,8 +32,8 @@ class Validation:
         every = self.config.eval.every
         return step == self.config.train.max_steps or (every is not None and step % every == 0)
 
-    def run(self, step: int, module: nn.Module) -> None:
-        """On all ranks together; `module` is left in training mode."""
+    def run(self, step: int, module: nn.Module) -> dict[str, float] | None:
+        """The measures, on rank 0. On all ranks together; `module` is left in training mode."""
         config = self.config
         module.eval()
         corpus = embed_corpus(
@@ -46,7 +46,7 @@ class Validation:
         )
         module.train()
         if self._log is None:
-            return
+            return None
         wanted = config.eval
         annotations, cache = (path and Path(path) for path in (wanted.annotations, wanted.cache))
         result = evaluate_corpus(corpus, wanted.protocol, wanted.labels, annotations=annotations, cache=cache)
@@ -57,3 +57,4 @@ class Validation:
         os.replace(partial, self.folder / "eval.json")
         shown = "  ".join(f"{name} {values[name]:.1f}" for name in values if name in SHOWN)
         get_logger().info("validation after step %d: %s", step, shown)
+        return values

@@ -1,0 +1,134 @@
+"""The method study: every method on every level at every seed, tuned alike, compared in pairs.
+
+    vlscale bench method --out DIR [--emoji FOLDER] [--study FILE] [--processes N] [--levels NAME ...] [--write]
+
+Unattended, and the same command again goes on where it stopped: finished cells are files in DIR/cells, and those of an
+earlier result may be given with --cells. First every
+method's trials on the tuning seed, chosen on validation; then the seeds, measured on test. `--write` keeps the cells,
+the table, a CSV and the plot in benchmarks/results/, dated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from analyse import write_study  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--study", type=Path, default=HERE / "study.yaml")
+    parser.add_argument("--emoji", type=Path, help="folder of emoji shards; without it that level is left out")
+    parser.add_argument("--levels", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument("--processes", type=int, default=1, help="cells at a time, each on one thread")
+    parser.add_argument("--cells", type=Path, help="a ...-method-cells.json of benchmarks/results/ to start from")
+    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
+    given = parser.parse_args(argv)
+    study = yaml.safe_load(given.study.read_text())
+    levels = {name: own for name, own in study["levels"].items() if not given.levels or name in given.levels}
+    if given.emoji is None:
+        levels = {name: own for name, own in levels.items() if own.get("recipe") != "emoji"}
+    if not levels:
+        parser.error("no level is left to run; emoji needs --emoji FOLDER")
+    study |= {"levels": levels, "seeds": given.seeds or study["seeds"]}
+    cells = given.out / "cells"
+    cells.mkdir(parents=True, exist_ok=True)
+    for name, known in (json.loads(given.cells.read_text()) if given.cells else {}).items():
+        (cells / f"{name}.json").write_text(json.dumps(known, indent=1) + "\n")
+    common = {"threads": 1, "emoji": given.emoji and str(given.emoji), **{k: study[k] for k in ("pairs", "held_out")}}
+
+    def cell(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict | None:
+        level = study["levels"][level_name]
+        result = cells / f"{name}.json"
+        job = common | {
+            "name": name, "level": level, "level_name": level_name, "seed": seed, "split": split, "runs": runs,
+            "recipe": study["recipes"][level.get("recipe", "scenes")],
+            "folder": str((given.out / "work" / name).resolve()), "result": str(result.resolve()),
+        }  # fmt: skip
+        return _finished(job, cells / f".{name}.job.json")
+
+    with ThreadPoolExecutor(given.processes) as pool:
+        tuning = tuned_levels(study)
+        trials = pool.map(
+            lambda level: cell(f"tuning-{level}", level, study["tuning_seed"], "val", trial_runs(study)), tuning
+        )
+        chosen = {level: choose(study, trial) for level, trial in zip(tuning, trials, strict=True)}
+        (given.out / "chosen.json").write_text(json.dumps(chosen, indent=1))
+        wanted = [(level, seed) for seed in study["seeds"] for level in study["levels"]]
+        measured = pool.map(
+            lambda at: cell(f"{at[0]}-seed-{at[1]}", *at, "test", chosen[tuned_on(study, at[0])]), wanted
+        )
+        failed = [at for at, found in zip(wanted, measured, strict=True) if found is None]
+    write_study(study, cells, chosen, given.out, keep=given.write)
+    return 1 if failed else 0
+
+
+def tuned_on(study: dict, level: str) -> str:
+    """The level whose trials serve a level: those of scenes share one, the middle of the imbalance."""
+    return study["levels"][level].get("tuned_on", "text-noisy")
+
+
+def tuned_levels(study: dict) -> list[str]:
+    found = dict.fromkeys(tuned_on(study, level) for level in study["levels"])
+    missing = [level for level in found if level not in study["levels"]]
+    for level in missing:  # a level that is only tuned on
+        study["levels"][level] = yaml.safe_load((HERE / "study.yaml").read_text())["levels"][level]
+    return list(found)
+
+
+def trial_runs(study: dict) -> dict[str, dict]:
+    return {
+        f"{method}_{place}": merged(own["is"], trial)
+        for method, own in study["methods"].items()
+        for place, trial in enumerate(own["grid"])
+    }
+
+
+def choose(study: dict, trial: dict | None) -> dict[str, dict]:
+    """Each method with the trial of its grid that did best on validation."""
+    if trial is None:
+        raise SystemExit("a tuning cell failed: its log is in DIR/work")
+
+    def score(name: str) -> float:
+        return sum(weight * trial["measured"][name][endpoint] for endpoint, weight in study["selection"].items())
+
+    best = {
+        method: max((f"{method}_{place}" for place in range(len(own["grid"]))), key=score)
+        for method, own in study["methods"].items()
+    }
+    return {method: trial["runs"][name] for method, name in best.items()}
+
+
+def merged(below: dict, above: dict) -> dict:
+    return {key: {**below.get(key, {}), **above.get(key, {})} for key in {**below, **above}}
+
+
+def _finished(job: dict, path: Path) -> dict | None:
+    """The cell's result, made now if it is not there; None if it failed, which is said and goes into the log."""
+    result = Path(job["result"])
+    if not result.exists():
+        started = time.perf_counter()
+        path.write_text(json.dumps(job))
+        log = path.parent.parent / f"{job['name']}.log"
+        with log.open("w") as out:
+            done = subprocess.run([sys.executable, str(HERE / "cell.py"), str(path)], stdout=out, stderr=out)
+        if done.returncode:
+            print(f"{job['name']}: failed, see {log}", file=sys.stderr, flush=True)
+            return None
+        print(f"{job['name']}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(result.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Tables, CSV and plot of the method study, from its cells.
+
+A difference is paired: the same corpus, teachers and batches, two methods. Its interval resamples the seeds (all 5^5
+draws with replacement of five seeds, or 10,000 random ones of more), percentile, 95 %.
+"""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from common import RESULTS, provenance, today
+
+NAMES = {
+    "rsum": "rsum", "i2i": "i2i", "t2t": "t2t", "single": "mean of i2i, t2t", "i2it": "i2it", "t2it": "t2it",
+}  # fmt: skip
+EXACT = 6  # seeds up to which all resamples are made
+
+
+def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool) -> None:
+    """`study.md`, `study.csv` and `study.png` in `out`, and with `keep` dated copies in benchmarks/results/."""
+    table = read_cells(study, cells)
+    if not any(table.values()):
+        return
+    page = markdown(study, table, chosen)
+    (out / "study.md").write_text(page)
+    (out / "study.csv").write_text(as_csv(study, table))
+    plot(study, table, out / "study.png")
+    print(page)
+    if keep:
+        for name in ("study.md", "study.csv", "study.png"):
+            shutil.copy(out / name, RESULTS / f"{today()}-method-{name}")
+        everything = {path.stem: json.loads(path.read_text()) for path in sorted(cells.glob("[!.]*.json"))}
+        (RESULTS / f"{today()}-method-cells.json").write_text(json.dumps(everything) + "\n")
+
+
+def read_cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
+    """level -> seed -> method -> endpoint."""
+    return {
+        level: {
+            seed: json.loads(path.read_text())["measured"]
+            for seed in study["seeds"]
+            if (path := cells / f"{level}-seed-{seed}.json").exists()
+        }
+        for level in study["levels"]
+    }
+
+
+def paired(by_seed: dict[int, dict], first: str, second: str, endpoint: str) -> np.ndarray:
+    return np.array([cell[first][endpoint] - cell[second][endpoint] for cell in by_seed.values()])
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of the mean over seeds."""
+    n = len(differences)
+    if n <= EXACT:
+        draws = np.array(list(itertools.product(range(n), repeat=n)))
+    else:
+        draws = np.random.default_rng(0).integers(n, size=(10_000, n))
+    return tuple(np.quantile(differences[draws].mean(1), [0.025, 0.975]))
+
+
+def markdown(study: dict, table: dict, chosen: dict) -> str:
+    seeds = sorted({seed for by_seed in table.values() for seed in by_seed})
+    lines = [
+        f"# Method study, {today()}",
+        "",
+        provenance("vlscale bench method --out DIR --emoji FOLDER --processes 2 --write"),
+        "",
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), each with its own corpus, teachers, weights and batches; "
+        "test split; NDCG@10 above chance, in percent; rsum of 600. In brackets: 95 % bootstrap interval over the "
+        "seeds of the paired difference; bold where it excludes zero.",
+    ]
+    for level, by_seed in table.items():
+        if not by_seed:
+            continue
+        lines += ["", f"## {level} ({len(by_seed)} seeds)", "", "| | " + " | ".join(NAMES.values()) + " |"]
+        lines.append("| --- |" + " ---: |" * len(NAMES))
+        for method in ("teachers", *study["methods"]):
+            means = [np.mean([cell[method][endpoint] for cell in by_seed.values()]) for endpoint in NAMES]
+            lines.append(f"| {method} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+        lines += ["", "| difference | " + " | ".join(NAMES.values()) + " |", "| --- |" + " ---: |" * len(NAMES)]
+        for first, second in study["comparisons"]:
+            shown = [_difference(paired(by_seed, first, second, endpoint)) for endpoint in NAMES]
+            lines.append(f"| {first} - {second} | " + " | ".join(shown) + " |")
+    lines += ["", "## Chosen by tuning, on the validation split of a seed that is not reported", ""]
+    lines += ["| tuned on | method | settings |", "| --- | --- | --- |"]
+    for level, methods in chosen.items():
+        lines += [f"| {level} | {method} | `{json.dumps(own)}` |" for method, own in methods.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _difference(differences: np.ndarray) -> str:
+    low, high = interval(differences)
+    shown = f"{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{shown}**" if low > 0 or high < 0 else shown
+
+
+def as_csv(study: dict, table: dict) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["level", "seed", "method", *NAMES])
+    for level, by_seed in table.items():
+        for seed, cell in by_seed.items():
+            for method, values in cell.items():
+                writer.writerow([level, seed, method, *(f"{values[endpoint]:.4f}" for endpoint in NAMES)])
+    return out.getvalue()
+
+
+def plot(study: dict, table: dict, path: Path) -> None:
+    """Each method against contrastive only: a row of levels, a panel an endpoint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    levels = [level for level, by_seed in table.items() if by_seed]
+    methods = [method for method in study["methods"] if method != "contrastive"]
+    figure, axes = plt.subplots(len(levels), len(NAMES), figsize=(2.4 * len(NAMES), 2.0 * len(levels)), squeeze=False)
+    for row, level in zip(axes, levels, strict=True):
+        for axis, endpoint in zip(row, NAMES, strict=True):
+            for place, method in enumerate(methods):
+                differences = paired(table[level], method, "contrastive", endpoint)
+                low, high = interval(differences)
+                axis.plot([low, high], [place, place], color="tab:blue")
+                axis.plot(differences, [place] * len(differences), ".", color="tab:gray", markersize=3)
+                axis.plot(differences.mean(), place, "o", color="tab:blue", markersize=4)
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.set_yticks(range(len(methods)), methods if axis is row[0] else [""] * len(methods), fontsize=7)
+            axis.tick_params(axis="x", labelsize=7)
+            axis.invert_yaxis()
+            if row is axes[0]:
+                axis.set_title(NAMES[endpoint], fontsize=9)
+        row[0].set_ylabel(level, fontsize=9)
+    figure.suptitle("difference from contrastive only: mean over seeds, 95 % interval, each seed", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

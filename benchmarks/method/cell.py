@@ -1,0 +1,114 @@
+"""One cell of the method study: a corpus, its teachers, and every method from the same start, in this process.
+
+    python benchmarks/method/cell.py JOB.json
+
+The job says where to work, what to train (name to overrides) and which split to measure; the result is written beside
+the job, complete or not at all. A cell that was cut off goes on where it stopped.
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+from glob import glob
+from pathlib import Path
+
+import yaml
+
+from vlscale.config import load_plan
+from vlscale.data.synth import make_corpus, synth_config
+from vlscale.evaluate.run import EvalRequest, evaluate_model
+from vlscale.train.plan import train_plan
+
+TEST_SEEDS = 10_000  # the test split of a seed is the held-out split of another corpus, of seed + this
+HELD_OUT_SHARDS = 2
+ENDPOINTS = {
+    "i2i": "i2i/ndcg@10_norm",
+    "t2t": "t2t/ndcg@10_norm",
+    "i2it": "i2it/ndcg@10_norm",
+    "t2it": "t2it/ndcg@10_norm",
+}
+
+
+def run_cell(job: dict) -> dict[str, dict[str, float]]:
+    """Endpoints by method, and `teachers` themselves."""
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    data = _emoji(job) if job["level"].get("recipe") == "emoji" else _scenes(job, folder / "data")
+    plan = folder / "plan.yaml"
+    plan.write_text(yaml.safe_dump(_plan(job, data["train"])))
+    train_plan(load_plan(plan), folder / "runs", resume=True)
+    recipe = job["recipe"].get("eval", {})
+    measured = {}
+    for name in ("teachers", *job["runs"]):
+        request = EvalRequest(
+            str(folder / "runs" / name), data[job["split"]], recipe.get("protocol", "auto"), recipe.get("labels", [])
+        )
+        _, result = evaluate_model(request)
+        labelled = recipe["labels"][0] + ":" if recipe else ""
+        measured[name] = {"rsum": result["rsum"].value} | {
+            name: result[labelled + key].value for name, key in ENDPOINTS.items()
+        }
+        measured[name]["single"] = (measured[name]["i2i"] + measured[name]["t2t"]) / 2
+    shutil.rmtree(folder)
+    return measured
+
+
+def _scenes(job: dict, folder: Path) -> dict[str, list[str]]:
+    """Training and validation of one corpus, the test split of another of the same kind."""
+    preset, pairs, held_out, seed = job["level"]["preset"], job["pairs"], job["held_out"], job["seed"]
+    for name, knobs in {
+        "train": {"pairs": pairs, "val_pairs": held_out, "seed": seed},
+        "test": {"pairs": 1, "val_pairs": held_out, "seed": seed + TEST_SEEDS},
+    }.items():
+        if not (folder / name).exists():
+            make_corpus(folder / name, synth_config(preset, **knobs), processes=1, progress=False)
+    return {
+        "train": [f"{folder}/train/train-*.tar"],
+        "val": [f"{folder}/train/val-*.tar"],
+        "test": [f"{folder}/test/val-*.tar"],
+    }
+
+
+def _emoji(job: dict) -> dict[str, list[str]]:
+    """All shards in an order drawn from the seed: the first ones test, the next ones validate, the rest train."""
+    shards = sorted(glob(f"{job['emoji']}/*.tar"))
+    random.Random(job["seed"]).shuffle(shards)
+    return {
+        "test": shards[:HELD_OUT_SHARDS],
+        "val": shards[HELD_OUT_SHARDS : 2 * HELD_OUT_SHARDS],
+        "train": shards[2 * HELD_OUT_SHARDS :],
+    }
+
+
+def _plan(job: dict, train: list[str]) -> dict:
+    recipe = {key: value for key, value in job["recipe"].items() if key != "teachers"}
+    own = recipe.get("train", {})
+    recipe["data"] = recipe["data"] | {"train": train, "manifest_dir": f"{job['folder']}/manifests"}
+    recipe["train"] = own | {"seed": job["seed"], "checkpoint_every": 10_000, "keep_checkpoints": 1}
+    recipe |= {"engine": {"zero_stage": 0, "threads": job["threads"]}, "log": {"progress": False}}
+    teachers = job["recipe"]["teachers"] | {
+        "objective": {"name": "contrastive", "contrastive_weight": 0, "view_weight": 1, "caption_weight": 1}
+    }
+    given = {
+        "model": {"init_from": "stage:teachers"},
+        "teacher": {"source": "hf", "image": "stage:teachers", "text": "stage:teachers"},
+    }
+    return recipe | {
+        "stages": {"teachers": teachers},
+        "variants": {name: given | overrides for name, overrides in job["runs"].items()},
+    }
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
+    result = {key: job[key] for key in ("name", "level_name", "seed", "split", "runs")} | {"measured": run_cell(job)}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, job["result"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Step time and efficiency from 1 to 4,096 GPUs, on paper: a model, not measured.
+
+    python benchmarks/scaling_model.py [--assumptions benchmarks/scaling_assumptions.yaml] [--out benchmarks/results]
+
+Operations, parameters, activations and bytes on the wire come from the plan of a run (`vlscale train --plan`); rates
+come from one table that a user can edit. Writes DATE-scaling-model.md, .csv and .png.
+
+N pairs on W GPUs, b = N / W each. A step is
+
+    towers     operations / (rate x c s / (c s + half)), s tokens a pair, c pairs at once: b where their activations
+               fit, else a chunk, with a third more operations
+    loss       8 N^2 D / W operations at the target rate of the kernel
+    exchange   bytes of embeddings / bandwidth + latency; by ring under the loss's own arithmetic, by gather beside it
+    gradients  ZeRO's bytes / bandwidth + latency, less what the backward pass hides
+
+and its efficiency w T(w) / (W T(W)) at the same N, where w is the smallest number of GPUs on which N pairs fit: all
+pictures of a rank lie on its device as float32. It passes 1 where many GPUs need no chunks and few do.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import provenance, today  # noqa: E402
+from vlscale.config import PlannedRun, validate  # noqa: E402
+from vlscale.train.memory_plan import Run, gather_facts, traffic  # noqa: E402
+
+MARK = "model, not measured"
+TRACED = 8  # pairs; towers cost the same for every pair
+SMALLEST = 32  # pairs of a chunk, below which a job counts as one that does not fit
+
+
+@dataclass(frozen=True)
+class Step:
+    model: str
+    batch: int
+    gpus: int
+    pairs_a_gpu: int
+    chunk: int  # pairs that a tower keeps activations of at once
+    comm: str
+    towers_s: float
+    loss_s: float
+    exchange_s: float
+    gradients_s: float
+    seconds: float
+    pairs_per_second: float
+    efficiency: float
+    basis: str = MARK
+
+
+def trace(name: str, assumed: dict) -> Run:
+    """What one pair costs on one GPU."""
+    sweep = assumed["sweep"]
+    tree = {
+        "model": assumed["models"][name] | {"dropout": 0.0},
+        "engine": {"zero_stage": sweep["zero_stage"], "dtype": sweep["dtype"]},
+        "train": {"global_batch_size": TRACED},
+    }
+    config = validate(tree, f"scaling model of {name}")
+    return gather_facts(config, [PlannedRun("", config)], 1)
+
+
+def at_scale(traced: Run, batch: int, gpus: int) -> Run:
+    """The same towers in another job."""
+    train = traced.config.train.model_copy(update={"global_batch_size": batch})
+    return replace(traced, config=traced.config.model_copy(update={"train": train}), world=gpus)
+
+
+def predict(name: str, traced: Run, batch: int, gpus: int, assumed: dict) -> Step | None:
+    """One step; None where it does not fit."""
+    run = at_scale(traced, batch, gpus)
+    device, network = assumed["device"], assumed["network"]
+    chunk = _chunk(run, device)
+    if chunk < min(SMALLEST, run.local):
+        return None
+    towers, backward = _towers(run, chunk, device)
+    width = run.config.model.embed_dim
+    rate = device["product_tflops"]["value"] * 1e12 * assumed["losses"]["contrastive"][width]
+    loss = 8 * batch**2 * width / gpus / rate
+    bytes_in = traffic(run)
+    exchange = _transfer(bytes_in.get("losses", 0), gpus, device, network)
+    exchange = max(0.0, exchange - loss) if run.comm == "ring" else exchange
+    reduced = _transfer(bytes_in.get("gradients", 0), gpus, device, network)
+    gathered = _transfer(bytes_in.get("weights", 0), gpus, device, network)
+    gradients = max(0.0, reduced - network["hidden_gradients"]["value"] * backward) + gathered
+    seconds = towers + loss + exchange + gradients
+    return Step(
+        model=name,
+        batch=batch,
+        gpus=gpus,
+        pairs_a_gpu=batch // gpus,
+        chunk=chunk,
+        comm=run.comm if gpus > 1 else "none",
+        towers_s=towers,
+        loss_s=loss,
+        exchange_s=exchange,
+        gradients_s=gradients,
+        seconds=seconds,
+        pairs_per_second=batch / seconds,
+        efficiency=1.0,
+    )
+
+
+def _chunk(run: Run, device: dict) -> int:
+    """The largest power of two of pairs whose activations fit beside weights, states and pictures; all if they do."""
+    saved = sum(tower.saved for tower in run.towers.values()) / TRACED
+    states = (run.parameters + run.learned) * run.size + 12 * run.learned / run.sharded
+    pictures = run.local * 3 * run.side**2 * 5
+    free = device["memory_gb"]["value"] * 1e9 * device["memory_use"]["value"] - states - pictures
+    if run.local * saved <= free:
+        return run.local
+    return 2 ** int(math.log2(free / saved)) if free > saved else 0
+
+
+def _towers(run: Run, chunk: int, device: dict) -> tuple[float, float]:
+    """Seconds of both towers, and of their backward passes alone."""
+    tokens = chunk * (
+        (run.side // run.config.model.vision.config["patch_size"]) ** 2 + run.config.model.text.max_length
+    )
+    half = device["half_speed_tokens"]["value"]
+    rate = device["product_tflops"]["value"] * 1e12 * device["tower_fraction"]["value"] * tokens / (tokens + half)
+    forward = run.local / TRACED * sum(tower.forward_flops for tower in run.towers.values()) / rate
+    backward = run.local / TRACED * sum(tower.backward_flops for tower in run.towers.values()) / rate
+    return forward * (1 if chunk == run.local else 2) + backward, backward
+
+
+def _transfer(count: float, gpus: int, device: dict, network: dict) -> float:
+    if gpus == 1 or not count:
+        return 0.0
+    inside = gpus <= device["gpus_per_node"]
+    bandwidth = network["inside_node_gbytes" if inside else "between_nodes_gbytes"]["value"] * 1e9
+    return network["latency_us"]["value"] * 1e-6 * math.ceil(math.log2(gpus)) + count / bandwidth
+
+
+def sweep(assumed: dict) -> list[Step]:
+    steps = []
+    for name in assumed["models"]:
+        traced = trace(name, assumed)
+        for batch in assumed["sweep"]["batches"]:
+            jobs = [predict(name, traced, batch, w, assumed) for w in assumed["sweep"]["gpus"] if batch % w == 0]
+            fitting = [step for step in jobs if step is not None]
+            steps += [
+                replace(step, efficiency=fitting[0].gpus * fitting[0].seconds / (step.gpus * step.seconds))
+                for step in fitting
+            ]
+    return steps
+
+
+def table(steps: list[Step]) -> str:
+    head = ["model", "batch", "GPUs", "pairs a GPU", "chunk", "comm", "towers ms", "loss ms", "exchange ms"]
+    head += ["gradients ms", "step ms", "pairs/s", "efficiency"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * 4 + " --- |" + " ---: |" * 7]
+    for s in steps:
+        parts = (s.towers_s, s.loss_s, s.exchange_s, s.gradients_s, s.seconds)
+        cells = [s.model, f"{s.batch:,}", f"{s.gpus:,}", f"{s.pairs_a_gpu:,}", f"{s.chunk:,}", s.comm]
+        cells += [f"{1e3 * part:,.1f}" for part in parts] + [f"{s.pairs_per_second:,.0f}", f"{s.efficiency:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(steps: list[Step], path: Path) -> None:
+    """A column a model: step time above, efficiency below, a line a batch."""
+    models = list(dict.fromkeys(step.model for step in steps))
+    figure, axes = plt.subplots(2, len(models), figsize=(4.2 * len(models), 6.4), sharex=True, squeeze=False)
+    for column, model in enumerate(models):
+        own = [step for step in steps if step.model == model]
+        for batch in dict.fromkeys(step.batch for step in own):
+            line = [step for step in own if step.batch == batch]
+            gpus = [step.gpus for step in line]
+            axes[0, column].loglog(gpus, [step.seconds for step in line], "o-", ms=3, label=f"{batch:,} pairs")
+            axes[1, column].semilogx(gpus, [step.efficiency for step in line], "o-", ms=3)
+        axes[0, column].set_title(model)
+        axes[1, column].set_xlabel("GPUs")
+        axes[1, column].axhline(1, color="0.7", lw=0.8)
+        axes[1, column].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("seconds a step")
+    axes[1, 0].set_ylabel("efficiency, w T(w) / (W T(W))")
+    axes[0, 0].legend()
+    figure.suptitle(f"Scaling: {MARK}; loss rates are targets")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(steps: list[Step], assumptions: Path, folder: Path) -> Path:
+    stem = folder / f"{today()}-scaling-model"
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, fieldnames=list(asdict(steps[0])))
+        rows.writeheader()
+        rows.writerows(asdict(step) for step in steps)
+    plot(steps, stem.with_suffix(".png"))
+    assumed = yaml.safe_load(assumptions.read_text())
+    kept = {key: assumed[key] for key in ("device", "losses", "network")}
+    stem.with_suffix(".md").write_text(
+        f"# Scaling: {MARK}\n\n{provenance('python benchmarks/scaling_model.py')} No GPU took part. Towers' operations "
+        "and memory are traced, the rest follows from the assumptions below, which nobody has measured here; the loss "
+        "runs at target rates. Jobs that do not fit are left out.\n\n"
+        f"![{MARK}]({stem.name}.png)\n\n{table(steps)}\n## Assumptions ({MARK})\n\n"
+        f"`benchmarks/{assumptions.name}`; change it and run the script again.\n\n"
+        f"```json\n{json.dumps(kept, indent=1)}\n```\n"
+    )
+    return stem.with_suffix(".md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assumptions", type=Path, default=ROOT / "benchmarks" / "scaling_assumptions.yaml")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    steps = sweep(yaml.safe_load(arguments.assumptions.read_text()))
+    print(f"{MARK}: {write(steps, arguments.assumptions, arguments.out)}")
+
+
+if __name__ == "__main__":
+    main()

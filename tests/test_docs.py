@@ -1,0 +1,219 @@
+"""Every page of docs/ is tried: its `tried` blocks run in order in a folder with the data that the page speaks of, and
+every message that troubleshooting.md explains is one that its command gives.
+
+The pages' bash blocks start real processes, so this file has a worker to itself. They are forked from one that has
+imported the libraries, which would otherwise be most of the time (see `tests.forked`).
+"""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, BertConfig, CLIPConfig, CLIPModel, Dinov2Config
+
+from tests.conftest import ROOT
+from tests.export.towers import TEXT, VISION
+from tests.forked import vlscale_command
+from vlscale.cli import main
+from vlscale.config import load_plan
+from vlscale.data.samples import read_samples
+from vlscale.data.tokens import train_tokenizer
+from vlscale.export.embed import EmbedRequest, open_job
+from vlscale.models.hf_folder import new_image_processor
+from vlscale.sections import DataConfig
+from vlscale.train.plan import train_plan
+
+DOCS = ROOT / "docs"
+SCENES = DataConfig(caption_key="json:captions")
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def scenes(corpus):
+    return list(read_samples([f"{corpus}/train-*.tar"], SCENES))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(scenes):
+    return train_tokenizer((c for sample in scenes for c in sample.captions), vocab_size=200, max_length=77)
+
+
+def img2dataset(folder: Path, scenes) -> None:
+    """shards/ and val/ as img2dataset writes them, its statistics and table of failures beside each shard."""
+    for name, start in (("shards/00000", 0), ("shards/00001", 64), ("shards/00002", 128), ("val/00003", 192)):
+        files = {}
+        for number, sample in enumerate(scenes[start : start + 64]):
+            key, caption = f"{start // 64:05d}{number:04d}", sample.captions[0]
+            facts = {"caption": caption, "url": "https://example.org/a.jpg", "key": key, "status": "success"}
+            files |= {f"{key}.jpg": sample.image, f"{key}.txt": caption.encode()}
+            files[f"{key}.json"] = json.dumps(facts | {"width": 32, "height": 32, "exif": "{}"}).encode()
+        write_tar(folder / f"{name}.tar", files)
+        (folder / f"{name}_stats.json").write_text('{"count": 64, "successes": 64}')
+
+
+def karpathy(folder: Path, scenes) -> None:
+    """flickr30k/: a split file and its pictures."""
+    pictures = folder / "flickr30k" / "images"
+    pictures.mkdir(parents=True)
+    entries = []
+    for number, sample in enumerate(scenes[:112]):
+        name, split = f"{number + 1000}.jpg", "train" if number < 64 else "val" if number < 88 else "test"
+        (pictures / name).write_bytes(sample.image)
+        sentences = [{"raw": caption, "sentid": 5 * number + place} for place, caption in enumerate(sample.captions)]
+        entries.append({"filename": name, "split": split, "imgid": number, "sentences": sentences})
+        entries[-1]["sentids"] = [sentence["sentid"] for sentence in sentences]
+    (folder / "flickr30k" / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+
+
+def save(folder: Path, model, tokenizer=None, *, pictures: bool = True) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if pictures:
+        new_image_processor(32, (0.5,) * 3, (0.5,) * 3).save_pretrained(folder)
+
+
+def clip(folder: Path, tokenizer) -> None:
+    """clip-vit-base-patch32/: as wide as the real one where a config has to say it, else small."""
+    torch.manual_seed(0)
+    own = {"vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": tokenizer.sep_token_id}
+    config = CLIPConfig(text_config=TEXT | own, vision_config=VISION, projection_dim=512)
+    save(folder / "clip-vit-base-patch32", CLIPModel(config), tokenizer)
+
+
+def teachers(folder: Path, tokenizer) -> None:
+    torch.manual_seed(0)
+    text = BertConfig(**TEXT | {"vocab_size": len(tokenizer), "max_position_embeddings": 80})
+    save(folder / "dinov2-base", AutoModel.from_config(Dinov2Config(**VISION)))
+    save(folder / "all-MiniLM-L6-v2", AutoModel.from_config(text), tokenizer, pictures=False)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, scenes, tokenizer) -> Path:
+    """A folder with everything that a page may speak of, and the current one."""
+    img2dataset(tmp_path, scenes)
+    karpathy(tmp_path, scenes)
+    clip(tmp_path, tokenizer)
+    teachers(tmp_path, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    """A folder with a `vlscale` command, this checkout's."""
+    with vlscale_command(tmp_path_factory.mktemp("tools")) as folder:
+        yield folder
+
+
+def run(script: str, tools: Path) -> str:
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_pretrain(place, tools):
+    shown = run("\n".join(blocks("pretrain.md", "bash tried")), tools)
+    assert '"step": 6' in shown and "rsum" in shown and shown.count("│ picture │") == 3
+    assert json.loads((place / "eval.json").read_text())["metrics"]["rsum"]["low"] is not None
+    made = ("check.json", "report.html", "val.npz", "hits.html", "my-model/README.md", "runs/pretrain/eval.jsonl")
+    assert [name for name in made if not (place / name).is_file()] == []
+
+
+def test_finetune(place, tools):
+    shown = run("\n".join(blocks("finetune.md", "bash tried")), tools)
+    assert "train-000000.tar" in shown and "i2i" in shown and "are not the benchmark's" in shown
+    assert json.loads((place / "my-clip" / "config.json").read_text())["model_type"] == "clip"
+    assert "i2i/ndcg@10_paper" in json.loads((place / "flickr30k.json").read_text())["metrics"]
+    assert list((place / "rouge").iterdir())
+
+
+def test_teachers(place, tools):
+    run("\n".join(blocks("teachers.md", "bash tried")), tools)
+    for name in ("at-every-step", "from-cache"):
+        assert (place / "runs" / name / "final" / "model.safetensors").is_file()
+
+
+def test_kernels():
+    code = blocks("kernels.md", "python tried")
+    assert len(code) == 6
+    exec("\n".join(code), {})
+
+
+TROUBLES = re.findall(
+    r"### `([^`]+)`\n[^#]*?```bash fails\n(.*?)```", (DOCS / "troubleshooting.md").read_text(), flags=re.S
+)
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory, scenes, tokenizer, corpus, tiny_config) -> Path:
+    """What troubleshooting.md's commands find: a recipe, shards, a finished run and an unfinished one."""
+    place = tmp_path_factory.mktemp("troubled")
+    img2dataset(place, scenes)
+    karpathy(place, scenes)
+    clip(place, tokenizer)
+    (place / "pickled").mkdir()
+    (place / "pickled" / "pytorch_model.bin").touch()
+    recipe = yaml.safe_load(tiny_config.read_text())
+    del recipe["data"]["caption_key"]
+    (place / "my.yaml").write_text(yaml.safe_dump(recipe | {"data": {"train": [f"{place}/shards/*.tar"]}}))
+    quick = ["log.progress=false", "train.max_steps=1"]
+    train_plan(load_plan(place / "my.yaml", quick), place / "runs" / "small", resume=False)
+    (place / "runs" / "unfinished").mkdir()
+    shutil.copy(place / "runs" / "small" / "config.yaml", place / "runs" / "unfinished")
+    open_job(EmbedRequest(str(place / "runs" / "small"), [f"{place}/val/*.tar"], place / "old.npz")).run()
+    sample = scenes[0]
+    write_tar(place / "few.tar", {"a.jpg": sample.image, "a.txt": sample.captions[0].encode()})
+    return place
+
+
+def test_every_trouble_is_tried():
+    headings = re.findall(r"^### ", (DOCS / "troubleshooting.md").read_text(), flags=re.M)
+    assert len(TROUBLES) == len(headings) > 10
+
+
+@pytest.mark.parametrize(("message", "command"), TROUBLES, ids=[message[:40] for message, _ in TROUBLES])
+def test_a_message_is_what_its_command_says(troubled, monkeypatch, capsys, message, command):
+    monkeypatch.chdir(troubled)
+    for line in command.strip().splitlines():
+        words = shlex.split(line)
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            monkeypatch.setenv(name, value)
+        assert words.pop(0) == "vlscale"
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+    error = capsys.readouterr().err.splitlines()[-1]
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    assert ended.value.code == 2 and re.search(pattern, error), error
+
+
+def test_every_page_is_tried_and_its_links_exist():
+    pages = {path.name: path.read_text() for path in DOCS.glob("*.md")}
+    tried = {"pretrain.md", "finetune.md", "teachers.md", "kernels.md", "troubleshooting.md"}
+    assert tried <= pages.keys()
+    for name in tried:
+        links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", pages[name]) if "://" not in link]
+        assert [link for link in links if link and not (DOCS / link).exists()] == [], name

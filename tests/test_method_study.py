@@ -1,0 +1,109 @@
+"""The method study: its intervals and tables on hand-made cells, and the documented small study from end to end."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from vlscale.config import validate
+from vlscale.resources import benchmarks_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+METHOD = benchmarks_folder() / "method"
+
+
+@pytest.fixture(scope="module")
+def analyse():
+    sys.path[:0] = [str(METHOD), str(METHOD.parent)]
+    try:
+        import analyse
+
+        yield analyse
+    finally:
+        del sys.path[:2]
+
+
+def test_an_interval_of_equal_differences_is_a_point(analyse):
+    assert analyse.interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0)
+
+
+def test_an_interval_of_two_seeds_by_hand(analyse):
+    """Of two values 0 and 4 the four resamples have means 0, 2, 2, 4."""
+    low, high = analyse.interval(np.array([0.0, 4.0]))
+    assert (low, high) == tuple(np.quantile([0, 2, 2, 4], [0.025, 0.975]))
+
+
+def cells(folder: Path, analyse) -> None:
+    for seed, gain in enumerate((1.0, 2.0, 3.0)):
+        plain = dict.fromkeys(analyse.NAMES, 10.0 * (seed + 1))
+        better = {name: value + gain for name, value in plain.items()} | {"rsum": plain["rsum"]}
+        measured = {"teachers": plain, "contrastive": plain, "joint": better}
+        (folder / f"clean-seed-{seed}.json").write_text(json.dumps({"measured": measured}))
+
+
+def test_differences_are_paired_by_seed(analyse, tmp_path):
+    """Seeds differ by 10 and the methods by 1 to 3: only paired does the difference leave out zero."""
+    cells(tmp_path, analyse)
+    study = {
+        "levels": {"clean": {}},
+        "seeds": [0, 1, 2],
+        "methods": {"contrastive": {}, "joint": {}},
+        "comparisons": [["joint", "contrastive"]],
+    }
+    table = analyse.read_cells(study, tmp_path)
+    assert analyse.paired(table["clean"], "joint", "contrastive", "i2i").tolist() == [1.0, 2.0, 3.0]
+    page = analyse.markdown(study, table, {})
+    assert "| contrastive | 20.0 |" in page and "| joint | 20.0 | 22.0 |" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| joint - contrastive |")]
+    assert "+0.0 [+0.0, +0.0]" in row and "**+2.0 [+1.2, +2.8]**" in row
+    lines = analyse.as_csv(study, table).splitlines()
+    assert len(lines) == 1 + 3 * 3 and lines[1].startswith("clean,0,teachers,10.0000")
+
+
+def test_every_run_of_the_study_is_a_valid_config():
+    study = yaml.safe_load((METHOD / "study.yaml").read_text())
+    assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"])
+    trials = {len(own["grid"]) for own in study["methods"].values()}
+    assert len(trials) == 1  # the same effort for every method
+    for method, own in study["methods"].items():
+        for trial in own["grid"]:
+            values = {key: own["is"].get(key, {}) | trial.get(key, {}) for key in {**own["is"], **trial}}
+            validate(values | {"teacher": {"source": "frozen_copy"}}, method)
+
+
+def test_the_documented_small_study(tmp_path):
+    (block,) = re.findall(r"```bash tried\n(.*?)```", (ROOT / "docs" / "method.md").read_text(), flags=re.S)
+    (small,) = re.findall(r"<<'EOF'\n(.*?)EOF\n", block, flags=re.S)
+    (tmp_path / "small.yaml").write_text(small)
+    (command,) = [line.split() for line in block.splitlines() if line.startswith("vlscale bench")]
+
+    def bench() -> subprocess.CompletedProcess:
+        given = [sys.executable, "-m", *command]
+        return subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+
+    done = bench()
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "small-study"
+    chosen = json.loads((out / "chosen.json").read_text())["clean"]
+    assert chosen["heads"]["objective"]["relation_weight"] in (0.1, 0.3) and chosen["heads"]["meta"]["mode"] == "heads"
+    assert "heads - contrastive" in (out / "study.md").read_text() and (out / "study.png").stat().st_size > 1000
+    assert {path.stem for path in (out / "cells").glob("[!.]*.json")} == {
+        "tuning-clean",
+        "clean-seed-0",
+        "clean-seed-1",
+    }
+    assert list((out / "work").iterdir()) == []  # a finished cell leaves no models behind
+    (out / "cells" / "clean-seed-1.json").unlink()
+    again = bench()  # goes on: one cell is made anew
+    assert again.returncode == 0 and re.findall(r"^\S+: \d+ s", again.stdout, flags=re.M)[0].startswith("clean-seed-1")
+
+
+def test_a_study_of_nothing_is_refused(tmp_path):
+    given = [sys.executable, str(METHOD), "--out", str(tmp_path / "s"), "--levels", "emoji"]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 2 and "emoji needs --emoji FOLDER" in done.stderr

@@ -1,0 +1,236 @@
+"""The plan of a run: its one model held to measured peaks, its counts to formulas, and what the command prints."""
+
+import gc
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from benchmarks import scaling_model
+from vlscale.cli import app
+from vlscale.config import PlannedRun, load_plan, parse_overrides, validate
+from vlscale.distributed import Ranks
+from vlscale.models.dual_encoder import build_dual_encoder
+from vlscale.objectives.total import Embedded, total_loss
+from vlscale.sections import Config
+from vlscale.train.engine import Engine, start_ranks
+from vlscale.train.memory_plan import RunPlan, plan_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TOWER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
+PAIRS, SIDE, LENGTH = 64, 32, 16
+
+
+def config_of(*overrides: str) -> Config:
+    model = {
+        "embed_dim": 64,
+        "dropout": 0.0,
+        "vision": {"config": TOWER | {"model_type": "vit", "image_size": SIDE, "patch_size": 8}},
+        "text": {"max_length": LENGTH, "vocab_size": 500, "config": TOWER | {"model_type": "bert", "vocab_size": 500}},
+    }
+    buckets = {"zero_optimization": {"reduce_bucket_size": 2_000_000}}
+    base = [f"model={json.dumps(model)}", f"engine={{threads: 1, deepspeed: {json.dumps(buckets)}}}"]
+    train = [f"train.global_batch_size={PAIRS}", "train.max_steps=3"]
+    return validate(parse_overrides([*base, *train, *overrides]), "test")
+
+
+def planned(config: Config, world_size: int = 1) -> RunPlan:
+    run = PlannedRun("", config)
+    return plan_run(run, [run], world_size)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return start_ranks(config_of().engine)
+
+
+def measured_peak(config: Config, ranks: Ranks, trace) -> int:
+    """Bytes that the CPU allocator held at most, from before the model is built through two steps."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.manual_seed(0)
+        engine = Engine(build_dual_encoder(config.model), config, ranks)
+        for _ in range(2):
+            _step(engine, config, ranks)
+    engine.close()
+    profiler.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    first = min(events, key=lambda e: e["ts"])["args"]
+    return max(e["args"]["Total Allocated"] for e in events) - (first["Total Allocated"] - first["Bytes"])
+
+
+def _step(engine: Engine, config: Config, ranks: Ranks) -> None:
+    _backward(engine, config, ranks)
+    engine.step()
+
+
+def _backward(engine: Engine, config: Config, ranks: Ranks) -> None:
+    ids = torch.ones(PAIRS, LENGTH, dtype=torch.long)
+    pixels = torch.zeros(PAIRS, 3, SIDE, SIDE)
+    out = engine(pixels=pixels, input_ids=ids, attention_mask=ids.clone(), chunk_size=config.train.chunk_size)
+    rows = Embedded(out.image, out.text, out.logit_scale, out.logit_bias, torch.arange(PAIRS))
+    engine.backward(total_loss(rows, config.objective, ranks)[0])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.zero_stage=0"],
+        ["engine.zero_stage=2"],
+        ["engine.zero_stage=3"],
+        ["engine.zero_stage=2", "engine.dtype=bf16"],
+        ["engine.zero_stage=0", "train.chunk_size=16"],
+        ["engine.zero_stage=2", "train.chunk_size=16"],
+        ["engine.zero_stage=2", "model.locked=[vision]"],
+    ],
+    ids=lambda overrides: " ".join(overrides).replace("engine.", "").replace("train.", ""),
+)
+def test_the_peak_is_within_15_percent_of_the_measured_one(ranks, tmp_path, overrides):
+    config = config_of(*overrides)
+    measured, plan = measured_peak(config, ranks, tmp_path / "trace.json"), planned(config)
+    assert plan.peak == pytest.approx(measured, rel=0.15), (plan.memory, plan.moments)
+
+
+def test_operations_are_those_of_the_layers():
+    """Two operations a multiply-add: 12 h^2 weights a block and token, twice s h for scores and values."""
+    plan = planned(config_of())
+    tokens, width = {"vision": (SIDE // 8) ** 2 + 1, "text": LENGTH}, TOWER["hidden_size"]
+    forward = sum(PAIRS * s * 3 * 2 * (12 * width**2 + 2 * s * width) for s in tokens.values())
+    assert plan.operations["towers"] == pytest.approx(3 * forward, rel=0.1)
+    assert plan.operations["losses"] == 8 * PAIRS**2 * 64
+    by_chunks = planned(config_of("train.chunk_size=16"))
+    assert by_chunks.operations["towers"] == pytest.approx(4 / 3 * plan.operations["towers"], rel=0.01)
+    assert by_chunks.memory["activations"] < 0.3 * plan.memory["activations"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "share"), [(0, (1, 1, 1)), (1, (1, 1, 1 / 4)), (2, (1, 1 / 4, 1 / 4)), (3, (1 / 4,) * 3)]
+)
+def test_stages_divide_what_they_say(stage, share):
+    """Weights, gradients, optimizer states over four ranks."""
+    plan = planned(config_of(f"engine.zero_stage={stage}"), 4)
+    whole = 4 * plan.learned
+    expected = [whole * share[0], whole * share[1], 2 * whole * share[2]]
+    found = [plan.memory[name] for name in ("weights", "gradients", "optimizer states")]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_traffic_follows_the_formulas():
+    """W = 4, e = 2: a contrast brings (W-1)/W N (D e + 4 D + 8) bytes, ZeRO-2 (W-1)/W P e of gradients and weights."""
+    plan = planned(config_of("engine.dtype=bf16", "engine.zero_stage=2"), 4)
+    assert plan.traffic["losses"] == int(0.75 * PAIRS * (64 * 2 + 4 * 64 + 8))
+    assert plan.traffic["gradients"] == int(0.75 * plan.learned * 2)
+    assert plan.traffic["weights"] == int(0.75 * plan.parameters * 2)
+    assert planned(config_of("engine.zero_stage=0"), 4).traffic["gradients"] == int(1.5 * plan.learned * 4)
+    assert planned(config_of()).traffic == {}
+
+
+@pytest.mark.parametrize(("comm", "factor"), [("gather", 1.0), ("ring", 0.2)])
+def test_a_large_gallery_is_counted_by_the_way_it_comes(comm, factor, monkeypatch):
+    """By ring a rank holds three blocks, not all columns."""
+    monkeypatch.setattr("vlscale.train.memory_plan.choose_comm", lambda *args, **kwargs: comm)
+    plan = planned(config_of("train.global_batch_size=8192", "train.chunk_size=8", "objective.impl=chunked"), 64)
+    tiles = 128 * 2048 * 4 * 4
+    gathered = 8192 * 64 * 8
+    assert plan.memory["loss"] - tiles == pytest.approx(factor * gathered, rel=0.6 if comm == "ring" else 0.15)
+
+
+def test_a_teacher_costs_its_weights_and_its_forward():
+    plain = planned(config_of())
+    plan = planned(config_of("teacher.source=frozen_copy", "objective={name: covlr, relation_weight: 0.2}"))
+    assert plan.memory["teacher weights"] == pytest.approx(plain.memory["weights"], rel=0.01)
+    assert plan.operations["teachers"] == pytest.approx(plain.operations["towers"] / 3, rel=0.01)
+    relations = 2 * PAIRS**2 * (4 * (64 + 128) + 2 * 64)
+    assert plan.operations["losses"] == plain.operations["losses"] + relations
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "said"),
+    [
+        (["train.global_batch_size=33"], 2, "33 is not divisible by the world size 2"),
+        (["train.chunk_size=24"], 1, "chunk_size=24 does not divide a rank's 64 pairs"),
+        (["model.vision={source: null, config: null}"], 1, "exactly one of model.vision.source and"),
+    ],
+)
+def test_what_cannot_run_cannot_be_planned(overrides, world_size, said):
+    with pytest.raises(ValueError, match=said):
+        planned(config_of(*overrides), world_size)
+
+
+def test_the_command_plans_every_run_and_starts_none(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "stages.yaml"
+    path.write_text(
+        f"base: {tiny_config}\nstages: {{teachers: {{}}}}\nobjective: {{name: covlr}}\n"
+        "teacher: {source: hf, image: 'stage:teachers', text: 'stage:teachers'}\n"
+    )
+    path.write_text(
+        path.read_text().replace(
+            "{teachers: {}}", "{teachers: {teacher: {source: none}, objective: {name: contrastive}}}"
+        )
+    )
+    assert len(load_plan(path)) == 2
+    done = CliRunner().invoke(app, ["train", str(path), "--plan", "--world-size", "2"])
+    assert done.exit_code == 0, done.output
+    for line in (
+        "teachers: 2 ranks, 16 pairs a rank, ZeRO-2, fp32",
+        "teacher weights",
+        "time of a step: not estimated",
+    ):
+        assert line in done.output
+    assert [p.name for p in tmp_path.iterdir()] == ["stages.yaml"]
+    timed = ["--tflops", "0.1", "--gigabytes", "2"]
+    said = CliRunner().invoke(app, ["train", str(path), "--plan", "--world-size", "2", *timed]).output
+    assert "from the given 0.1 TFLOP/s and 2 GB/s, nothing overlapped" in said
+
+
+def test_training_asks_for_a_folder_and_takes_no_world_size(tiny_config):
+    for arguments, said in (([], "--out is not given"), (["--world-size", "2"], "belong to --plan")):
+        failed = CliRunner().invoke(app, ["train", str(tiny_config), *arguments]).exception
+        assert isinstance(failed, ValueError) and said in str(failed)
+
+
+@pytest.fixture(scope="module")
+def assumed() -> dict:
+    """The table of benchmarks/scaling_model.py with one small model in it."""
+    table = yaml.safe_load((ROOT / "benchmarks" / "scaling_assumptions.yaml").read_text())
+    small = {"embed_dim": 64, "vision": {"config": TOWER | {"model_type": "vit", "image_size": 224, "patch_size": 32}}}
+    small["text"] = {"max_length": 16, "vocab_size": 500, "config": TOWER | {"model_type": "bert"}}
+    table["losses"]["contrastive"][64] = 0.5
+    return table | {"models": {"small": small}}
+
+
+def test_the_scaling_model_says_that_it_is_one(assumed, tmp_path):
+    """More GPUs are never slower at these sizes, times add up, and every file is marked."""
+    steps = scaling_model.sweep(assumed)
+    for batch in assumed["sweep"]["batches"]:
+        own = [step for step in steps if step.batch == batch]
+        assert own[0].efficiency == 1 and [step.gpus for step in own] == sorted(step.gpus for step in own)
+        assert all(step.seconds == step.towers_s + step.loss_s + step.exchange_s + step.gradients_s for step in own)
+        for before, after in itertools.pairwise(own):
+            assert after.towers_s < before.towers_s and after.loss_s < before.loss_s
+    loss = next(step for step in steps if (step.batch, step.gpus) == (32768, 8)).loss_s
+    assert loss == pytest.approx(8 * 32768**2 * 64 / 8 / (790e12 * 0.5))
+    page = scaling_model.write(steps, ROOT / "benchmarks" / "scaling_assumptions.yaml", tmp_path)
+    assert page.read_text().count(scaling_model.MARK) >= 3 and page.with_suffix(".png").stat().st_size > 10_000
+    rows = page.with_suffix(".csv").read_text().splitlines()
+    assert len(rows) == len(steps) + 1 and all(row.endswith(f'"{scaling_model.MARK}"') for row in rows[1:])
+
+
+def test_a_batch_that_fits_on_no_few_gpus_begins_where_it_fits(assumed):
+    tight = assumed | {"device": assumed["device"] | {"memory_gb": {"value": 4}}}
+    own = [step for step in scaling_model.sweep(tight) if step.batch == 32768]
+    assert own[0].gpus > 1 and own[0].efficiency == 1
+
+
+def test_a_pretrained_tower_is_planned_from_its_config_alone(tmp_path):
+    """A folder without weights, as the hub's config.json would be."""
+    AutoConfig.for_model("vit", **TOWER, image_size=SIDE, patch_size=8).save_pretrained(tmp_path)
+    plan = planned(config_of(f"model.vision={{source: {tmp_path}, config: null}}"))
+    assert plan.memory == planned(config_of()).memory

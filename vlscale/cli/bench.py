@@ -1,0 +1,32 @@
+"""`vlscale bench NAME ...`: the measurements behind the project's figures, each a script of benchmarks/."""
+
+import subprocess
+import sys
+
+import typer
+
+SCRIPTS = {  # name to script and what it measures
+    "kernels": ("kernels_bench.py", "every kernel against dense torch and other libraries"),
+    "step": ("step.py", "what each method's step costs against plain contrastive training"),
+    "large-batch": ("large_batch.py", "memory and time of batches larger than memory"),
+    "data": ("data.py", "pictures a second of the input pipeline, beside other loaders"),
+    "stream": ("data_stream.py", "order, memory and resume of the stream on a large corpus"),
+    "method": ("method", "the method study: every method, level and seed, tuned alike"),
+    "scaling": ("scaling_model.py", "a model of step time from 1 to 4,096 GPUs"),
+}
+
+
+def bench(
+    context: typer.Context,
+    name: str = typer.Argument("", help="; ".join(f"{name}: {what}" for name, (_, what) in SCRIPTS.items())),
+) -> None:
+    """Run a benchmark; what follows its name goes to it (`vlscale bench kernels --help`)."""
+    from vlscale.resources import benchmarks_folder
+
+    if not name or name.startswith("-"):
+        print(context.get_help())
+        return
+    if name not in SCRIPTS:
+        raise ValueError(f"bench {name}: no such benchmark; choose from: {', '.join(SCRIPTS)}")
+    done = subprocess.run([sys.executable, str(benchmarks_folder() / SCRIPTS[name][0]), *context.args])
+    sys.exit(done.returncode)

@@ -1,0 +1,116 @@
+"""What happens to relations while training: numbers of a fixed probe batch, in metrics.jsonl as `probe_...`.
+
+The probe is the first global batch of the run's stream, the same after a resume and at any number of ranks (at most
+PROBE rows of it for what compares all with all). Towers are in evaluation mode, and nothing is learned from it.
+
+    probe_gradient_cosine           of consistency's and relations' gradients to the embeddings: below 0 they conflict
+    probe_modality_gap              distance of the mean image embedding from the mean text embedding
+    probe_entropy_image             entropy of the student's relations, row by row, over its maximum; 1: all alike
+    probe_teacher_entropy_image     the teacher's
+    probe_rank_correlation_image    Spearman, of the student's with the teacher's relations
+    probe_relation_change_image     mean |difference| of the student's and the teacher's cosines
+    probe_image_strength            share of the text's change in both changes: above 1/2, text gives way to the image
+and likewise `_text`.
+
+Legend: B pairs of this rank, n probe rows.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from vlscale.data.batch import Batch
+from vlscale.distributed import Ranks, gather_rows
+from vlscale.evaluate.spearman import spearman
+from vlscale.objectives.total import Embedded, consistency_loss, relations_loss
+from vlscale.sections import ObjectiveConfig
+from vlscale.train.step import StepParts, embed
+
+PROBE = 512
+
+
+class Diagnostics:
+    """`every`: steps between two looks; None: never."""
+
+    def __init__(self, parts: StepParts, probe: Batch | None, every: int | None):
+        self.parts, self.probe, self.every = parts, probe, every
+
+    def due(self, step: int) -> bool:
+        return self.every is not None and (step == 1 or step % self.every == 0)
+
+    def run(self) -> dict[str, float]:
+        """On all ranks together; the model is left in training mode."""
+        parts, module = self.parts, self.parts.engine.module
+        module.eval()
+        with torch.no_grad():
+            rows = embed(parts.engine.plain, parts, self.probe)
+        module.train()
+        values = {} if not parts.objective.distils else {"gradient_cosine": gradient_cosine(rows, parts)}
+        each = -(-PROBE // parts.ranks.size)
+        students = [_all(own, each, parts.ranks) for own in (rows.image, rows.text)]
+        teachers = (rows.teacher_image, rows.teacher_text)
+        teachers = [own if own is None else _all(own, each, parts.ranks) for own in teachers]
+        values |= relation_facts(*students, *teachers, parts.objective)
+        return {f"probe_{name}": value for name, value in values.items()}
+
+
+def gradient_cosine(rows: Embedded, parts: StepParts) -> float:
+    """Of the gradients to all ranks' embeddings; 0 where one of them vanishes."""
+    image, text = (own.detach().requires_grad_() for own in (rows.image, rows.text))
+    rows = replace(rows, image=image, text=text)
+    gradients = []
+    for part in (consistency_loss, relations_loss):
+        loss, _ = part(replace(rows, second_image=image, second_text=text), parts.objective, parts.ranks, parts.comm)
+        found = torch.autograd.grad(loss, (image, text), allow_unused=True)
+        found = [torch.zeros_like(image) if own is None else own for own in found]
+        gradients.append(torch.cat([own.float().ravel() for own in found]))
+    first, second = gradients
+    products = parts.ranks.sum(torch.stack([first @ second, first @ first, second @ second]))
+    length = products[1].sqrt() * products[2].sqrt()
+    return float(products[0] / length) if length > 0 else 0.0
+
+
+def relation_facts(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    teacher_image: torch.Tensor | None,
+    teacher_text: torch.Tensor | None,
+    objective: ObjectiveConfig,
+) -> dict[str, float]:
+    """All (n, D) unit rows of the same samples; the relation numbers of the table above."""
+    values = {"modality_gap": float((image.mean(0) - text.mean(0)).norm())}
+    changes = {}
+    for name, student, teacher in (("image", image, teacher_image), ("text", text, teacher_text)):
+        relations = _relations(student)
+        values[f"entropy_{name}"] = _entropy(relations / objective.student_temperature)
+        if teacher is None:
+            continue
+        target = _relations(teacher)
+        values[f"teacher_entropy_{name}"] = _entropy(target / objective.teacher_temperature)
+        values[f"rank_correlation_{name}"] = _rank_correlation(relations, target)
+        changes[name] = values[f"relation_change_{name}"] = float((relations - target).abs().mean())
+    if changes and sum(changes.values()) > 0:
+        values["image_strength"] = changes["text"] / sum(changes.values())
+    return values
+
+
+def _relations(rows: torch.Tensor) -> torch.Tensor:
+    """(n, n - 1) cosines, each row without its own."""
+    cosines = rows @ rows.T
+    n = len(cosines)
+    return cosines[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+
+
+def _rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    return spearman(*(values.ravel().double().numpy() for values in (first, second)))
+
+
+def _entropy(logits: torch.Tensor) -> float:
+    logs = logits.log_softmax(1)
+    return float(-(logs.exp() * logs).sum(1).mean()) / max(math.log(logits.shape[1]), 1e-9)
+
+
+def _all(rows: torch.Tensor, each: int, ranks: Ranks) -> torch.Tensor:
+    """The first `each` rows of every rank, on the CPU in float32."""
+    return gather_rows(rows[:each].detach(), ranks).float().cpu()

@@ -1,0 +1,343 @@
+"""What a run will cost a rank, before it starts: memory, bytes on the wire, operations; for any number of ranks.
+
+One model serves the command, the tests (which hold it to measured peaks) and benchmarks/scaling_model.py. Towers are
+traced (`memory_plan_trace`); the rest is counted here.
+
+Legend: W ranks, b pairs a rank, N = W b, D embedding width, e bytes of a number (2 in bf16), P parameters, T of them
+learned. Bytes and operations are a rank's, traffic is what it receives, all of one step.
+
+Peaks are the largest of four moments: `inputs` (pictures become floats), `teachers`, `backward` and `update`. Weights,
+master weights and optimizer states are there in all of them.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vlscale.config import STAGE_PREFIX, PlannedRun
+from vlscale.data.lanes import choose_lanes
+from vlscale.distributed.blocks import choose_comm
+from vlscale.models.dual_encoder import final_folder
+from vlscale.sections import Config, ModelConfig
+from vlscale.train import engine
+from vlscale.train.memory_plan_trace import TowerCost, picture_side, trace_towers
+
+MASTER = 4  # bytes of a master weight, of a moment, and of a gradient inside a loss
+BUCKET = 500_000_000  # numbers: DeepSpeed's default reduce_bucket_size
+LIVE = 1_000_000_000  # numbers: DeepSpeed's default stage3_max_live_parameters
+WAVE_BYTES = 1 << 30  # the Triton losses' at their largest
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the costs are functions of."""
+
+    config: Config
+    world: int
+    towers: dict[str, TowerCost]  # of the rows of one chunk
+    forwards: dict[str, int]  # how many chunks each tower's rows are
+    teachers: dict[str, TowerCost]
+    teacher_widths: dict[str, int]
+    side: int  # of a picture, in pixels
+    zero: dict[str, Any]  # DeepSpeed's `zero_optimization`
+
+    @property
+    def local(self) -> int:
+        return self.config.train.global_batch_size // self.world
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO, as DeepSpeed is told: bf16 never runs at 0."""
+        return self.zero["stage"]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows that each tower sees, all views."""
+        o = self.config.objective
+        return {"vision": self.local * (1 + (o.view_weight > 0)), "text": self.local * (1 + (o.caption_weight > 0))}
+
+    @property
+    def size(self) -> int:
+        return 2 if self.config.engine.dtype == "bf16" else 4
+
+    @property
+    def parameters(self) -> int:
+        return sum(tower.parameters for tower in self.towers.values())
+
+    @property
+    def learned(self) -> int:
+        return sum(tower.learned for tower in self.towers.values())
+
+    @property
+    def chunked(self) -> bool:
+        return max(self.forwards.values()) > 1
+
+    @property
+    def sharded(self) -> int:
+        """Ranks that the optimizer's states are split over."""
+        return self.world if self.stage else 1
+
+    @property
+    def comm(self) -> str:
+        """How losses meet the rows of other ranks; what `auto` takes is the rule of the losses."""
+        width, everyone = self.config.model.embed_dim, self.config.train.global_batch_size
+        comm = choose_comm(self.config.engine.comm, (self.size + MASTER) * everyone * width, relation=False)
+        return "gather" if comm == "gather" else "ring"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    name: str
+    world_size: int
+    local_batch_size: int
+    zero_stage: int
+    dtype: str
+    parameters: int
+    learned: int
+    memory: dict[str, int]  # bytes by what holds them
+    host_memory: dict[str, int]  # the same, of what DeepSpeed offloads
+    moments: dict[str, int]  # bytes at each moment; the largest is the peak
+    traffic: dict[str, int]  # bytes
+    operations: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+
+def plan_runs(plan: list[PlannedRun], world_size: int) -> list[RunPlan]:
+    """The cost of every run of a plan."""
+    return [plan_run(run, plan, world_size) for run in plan]
+
+
+def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPlan:
+    config = run.config
+    choose_lanes(config.train.global_batch_size, world_size, config.data.lanes)  # says what does not divide
+    facts = gather_facts(config, plan, world_size)
+    memory, host = _persistent(facts)
+    passing = _passing(facts)
+    text, notes = config.model.text, []
+    if text.config is not None and text.tokenizer is None:
+        notes.append(f"the tokenizer is trained when the run starts: counted with all {text.vocab_size} words")
+    if (memory | passing).get("buckets", 0) > 2 * facts.learned * facts.size:
+        zero = "engine.deepspeed={zero_optimization: {reduce_bucket_size: NUMBERS}}"
+        notes.append(f"buckets are larger than all gradients: {zero} makes them smaller")
+    if config.teacher.source == "cache":
+        notes.append("the cached teachers are counted as wide as the student")
+    if config.meta.mode != "joint":
+        notes.append(f"meta.mode={config.meta.mode}: the meta step's own passes are not counted, only the joint step's")
+    if config.objective.name == "rvlr":
+        notes.append("the projections of the teachers' embeddings and rvlr's own terms are not counted")
+    return RunPlan(
+        name=run.name,
+        world_size=world_size,
+        local_batch_size=facts.local,
+        zero_stage=facts.stage,
+        dtype=config.engine.dtype,
+        parameters=facts.parameters,
+        learned=facts.learned,
+        memory=memory | passing,
+        host_memory=host,
+        moments=_moments(facts, sum(memory.values()), passing),
+        traffic=traffic(facts),
+        operations=operations(facts),
+        notes=notes,
+    )
+
+
+def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
+    """Traces the towers of a run; seconds for a large one."""
+    chunk, zero = config.train.chunk_size, engine.deepspeed_config(config, world)["zero_optimization"]
+    whole = Run(config, world, {}, {}, {}, {}, picture_side(config), zero)
+    if chunk is not None and whole.local % chunk:
+        raise ValueError(
+            f"train.chunk_size={chunk} does not divide a rank's {whole.local} pairs (train.global_batch_size="
+            f"{config.train.global_batch_size} over {world} ranks)"
+        )
+    rows = {name: count if chunk is None else min(chunk, count) for name, count in whole.rows.items()}
+    forwards = {name: whole.rows[name] // count for name, count in rows.items()}
+    teachers: dict[str, TowerCost] = {}
+    if config.teacher.source in ("frozen_copy", "hf"):
+        teacher = _teacher_config(config, plan)
+        teachers = trace_towers(teacher, dict.fromkeys(rows, whole.local), learning=False)
+    widths = {name: tower.width for name, tower in teachers.items()}
+    return replace(
+        whole, towers=trace_towers(config, rows), forwards=forwards, teachers=teachers, teacher_widths=widths
+    )
+
+
+def _teacher_config(config: Config, plan: list[PlannedRun]) -> Config:
+    """A config whose towers are the teachers."""
+    if config.teacher.source == "frozen_copy":
+        return config
+    towers = {"vision": config.teacher.image, "text": config.teacher.text}
+    sections = {}
+    for modality, source in towers.items():
+        if source.startswith(STAGE_PREFIX):
+            stage = next((r for r in plan if r.name == source.removeprefix(STAGE_PREFIX)), None)
+            if stage is None:
+                raise ValueError(f"teacher: {source} names no stage of this plan")
+            sections[modality] = getattr(stage.config.model, modality)
+        else:
+            own = getattr(ModelConfig(), modality)
+            sections[modality] = own.model_copy(update={"source": final_folder(source)})
+    text = sections["text"].model_copy(update={"max_length": config.model.text.max_length})
+    model = config.model.model_copy(update=sections | {"text": text})
+    return config.model_copy(update={"model": model})
+
+
+def _persistent(run: Run) -> tuple[dict[str, int], dict[str, int]]:
+    """What is there all the time, on the device and on the host."""
+    stage = run.stage
+    device = {
+        "weights": run.parameters * run.size // (run.world if stage == 3 else 1),
+        "master weights": run.learned * MASTER // run.sharded * (stage > 0),
+        "optimizer states": 2 * run.learned * MASTER // run.sharded * (run.config.optim.name == "adamw"),
+        "teacher weights": sum(tower.parameters for tower in run.teachers.values()) * run.size,
+    }
+    if stage == 3:  # made once, at the start
+        device |= {"gradients": run.learned * run.size // run.world, "buckets": _bucket_bytes(run)}
+        live = min(run.parameters, int(run.zero.get("stage3_max_live_parameters", LIVE)))
+        device["gathered weights, at most"] = live * run.size * (run.world > 1)
+    host = {}
+    for key, parts in (("offload_optimizer", ("master weights", "optimizer states")), ("offload_param", ("weights",))):
+        if (run.zero.get(key) or {}).get("device", "none") != "none":
+            host |= {part: device.pop(part) for part in parts}
+    return device, host
+
+
+def _passing(run: Run) -> dict[str, int]:
+    """What is there for a part of the step."""
+    stage = run.stage
+    passing = {"inputs": _input_bytes(run), "activations": _activation_bytes(run), "loss": _loss_bytes(run)}
+    if stage < 3:
+        passing["gradients"] = run.learned * run.size // (run.world if stage == 2 else 1)
+    if stage in (1, 2):
+        passing["buckets"] = _bucket_bytes(run)
+    return passing
+
+
+def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
+    """Bytes at the four moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
+    they are, while activations become fewer."""
+    stage, vision, text = run.stage, run.towers["vision"], run.towers["text"]
+    always += passing["inputs"]
+    gradients, activations = passing.get("gradients", 0), passing["activations"]
+    if not run.chunked:
+        backward = max(activations, vision.saved + text.saved + passing["loss"])
+        with_gradients = max(
+            vision.saved + text.peak_with_gradients, text.learned * run.size + vision.peak_with_gradients
+        )
+    else:
+        backward = activations + passing["loss"]
+        with_gradients = activations + gradients
+    if stage == 0:
+        backward = max(backward, with_gradients)
+    elif stage < 3:
+        backward += passing["buckets"] + (gradients if stage == 2 and run.world > 1 else 0)
+    flat = run.learned * MASTER // run.sharded  # gradients in one piece, for the optimizer or the reduction
+    largest = max(tower.largest for tower in run.towers.values())
+    scratch = 2 * MASTER * (run.learned // run.sharded if stage else largest)
+    return {
+        "inputs": always + 2 * _pixel_bytes(run),  # scaling and normalising make copies
+        "teachers": always + max((tower.peak for tower in run.teachers.values()), default=0),
+        "backward": always + backward,
+        "update": always + gradients + flat + scratch * (run.config.optim.name == "adamw"),
+    }
+
+
+def _bucket_bytes(run: Run) -> int:
+    """Two where stages 1 and 2 are asked to overlap, which they do not by themselves."""
+    twice = run.stage < 3 and bool(run.zero.get("overlap_comm"))
+    return int(run.zero.get("reduce_bucket_size", BUCKET)) * run.size * (1 + twice)
+
+
+def _pixel_bytes(run: Run) -> int:
+    """All views of a rank's pictures as float32."""
+    return run.rows["vision"] * 3 * run.side**2 * 4
+
+
+def _input_bytes(run: Run) -> int:
+    tokens = 2 * 8 * run.rows["text"] * run.config.model.text.max_length
+    return _pixel_bytes(run) * 5 // 4 + tokens  # float32, and the bytes that they came from
+
+
+def _activation_bytes(run: Run) -> int:
+    """Unchunked, the vision tower's wait while the text tower goes forward and back; by chunks, one tower's at a time,
+    beside the embeddings of all rows, their copies in one piece and their gradients."""
+    vision, text = run.towers["vision"], run.towers["text"]
+    if not run.chunked:
+        return max(vision.peak, vision.saved + text.peak)
+    embeddings = sum(run.rows.values()) * run.config.model.embed_dim * run.size
+    return 3 * embeddings + max(vision.peak, text.peak)
+
+
+def _terms(run: Run) -> tuple[int, list[int]]:
+    """How many losses contrast two embeddings, and the width of student and teacher together in each that holds
+    relations."""
+    o, width = run.config.objective, run.config.model.embed_dim
+    contrasts = [o.contrastive_weight, o.view_weight, o.caption_weight]
+    weights = {"vision": o.image_relation_weight, "text": o.text_relation_weight}
+    relations = [width + run.teacher_widths.get(name, width) for name, weight in weights.items() if weight > 0]
+    return sum(weight > 0 for weight in contrasts), relations
+
+
+def _loss_bytes(run: Run) -> int:
+    """Rows of other ranks that a loss holds, gradients in float32, sums, and the tiles of the widest one.
+
+    By gather a contrast holds the N columns and their gradients; by ring three blocks of b.
+    """
+    contrasts, relations = _terms(run)
+    width, everyone = run.config.model.embed_dim, run.config.train.global_batch_size
+    away = everyone if run.comm == "gather" else 3 * run.local
+    held = away * run.size * (run.world > 1)
+    sums = 6 * MASTER * (everyone + run.local)
+    contrast = width * (held + MASTER * (away if run.world > 1 else everyone) + MASTER * run.local) + sums
+    relation = sum(both * held + width * MASTER * run.local + sums for both in relations)
+    tile = min(run.local, 512) * min(everyone, 2048) * MASTER * 4
+    wave = min(run.local, 8192) * min(everyone, 65536) * 2 if run.config.objective.impl != "chunked" else 0
+    return contrasts * contrast + relation + max(tile, min(wave, WAVE_BYTES))
+
+
+def traffic(run: Run) -> dict[str, int]:
+    """Bytes that a rank receives in one step, by what they are for.
+
+    A contrast by gather: (W-1)/W N (D e + 4 D + 8), columns there, their gradients back in float32, sums; by ring
+    (W-1) b (D e + 4) forward and W b (D e + 8 + 4 D) backward. Relations: (W-1)/W N (e (D + D_teacher) + 8),
+    which a half ring does not change much. Gradients and weights: (W-1)/W of them for each time that they travel.
+    """
+    if run.world == 1:
+        return {}
+    contrasts, relations = _terms(run)
+    stage, everyone, width = run.stage, run.config.train.global_batch_size, run.config.model.embed_dim
+    others = (run.world - 1) / run.world
+    if run.comm == "gather":
+        contrast = others * (everyone * width * (run.size + MASTER) + 8 * everyone)
+    else:
+        forward = (run.world - 1) * run.local * (width * run.size + 4)
+        contrast = forward + run.world * run.local * (width * run.size + 8 + MASTER * width)
+    relation = sum(others * everyone * (both * run.size + 8) for both in relations)
+    gradients = others * run.learned * run.size * (2 if stage == 0 else 1)
+    weights = {0: 0.0, 1: 1.0, 2: 1.0, 3: 3.0 * max(run.forwards.values()) if run.chunked else 2.0}[stage]
+    return {
+        "losses": int(contrasts * contrast + relation),
+        "gradients": int(gradients),
+        "weights, at most" if stage == 3 else "weights": int(others * run.parameters * run.size * weights),
+    }
+
+
+def operations(run: Run) -> dict[str, int]:
+    """Multiplications and additions of a rank in one step: products only, as FLOP counters count."""
+    contrasts, relations = _terms(run)
+    everyone, width = run.config.train.global_batch_size, run.config.model.embed_dim
+    towers = sum(
+        count * ((1 + (count > 1)) * run.towers[name].forward_flops + run.towers[name].backward_flops)
+        for name, count in run.forwards.items()
+    )
+    contrast = 8 * everyone**2 * width
+    relation = sum(4 * everyone**2 * both + 2 * everyone**2 * width for both in relations)
+    return {
+        "towers": towers,
+        "teachers": sum(tower.forward_flops for tower in run.teachers.values()),
+        "losses": (contrasts * contrast + relation) // run.world,
+    }

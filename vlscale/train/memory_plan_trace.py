@@ -1,0 +1,167 @@
+"""What a tower costs, by running its own code on tensors that have shapes but no memory.
+
+A fake tensor answers every operation with a tensor of the right shape, type and device and no data, so that a tower of
+any size goes through a real forward and backward in seconds; the storages that live at each moment are added up.
+Nothing is estimated from layer counts: what a Hugging Face model saves for its backward is what its code saves.
+
+Attention is the fused kernel's wherever the model and its dropout allow one, as on a GPU.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from vlscale.models import siglip
+from vlscale.models.dual_encoder import DualEncoder
+from vlscale.models.hf_folder import load_tokenizer
+from vlscale.models.towers import Modality, image_size, one_line, set_dropout
+from vlscale.sections import Config, TextConfig
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """Of one forward and backward over some rows. Bytes count neither parameters nor inputs."""
+
+    parameters: int
+    learned: int
+    largest: int  # numbers in the largest learned parameter
+    width: int  # of what the tower gives before its projection
+    saved: int  # bytes that wait for the backward
+    peak: int  # bytes at the highest point, without gradients of parameters
+    peak_with_gradients: int
+    forward_flops: int
+    backward_flops: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that still live; their peak, all and without gradients."""
+
+    def __init__(self, module: nn.Module, *inputs: torch.Tensor):
+        super().__init__()
+        self.now = self.peak = self.gradients = self.peak_without_gradients = 0
+        self._known = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *inputs)}
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._is_gradient) for p in module.parameters() if p.requires_grad
+        ]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.peak_without_gradients = max(self.peak_without_gradients, self.now - self.gradients)
+        weakref.finalize(storage, self._drop, storage._cdata, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def _is_gradient(self, parameter: torch.Tensor) -> None:
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+
+
+def trace_towers(config: Config, rows: dict[Modality, int], *, learning: bool = True) -> dict[Modality, TowerCost]:
+    """The costs of both towers with their projections, each over its own number of rows at once; forward only where
+    they do not learn."""
+    encoder = _skeleton(config)
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    side, length = image_size(encoder.vision_model), config.model.text.max_length
+    with FakeTensorMode(), torch.set_grad_enabled(learning):
+        _without_memory(encoder, dtype)
+        pixels = torch.zeros(rows["vision"], 3, side, side)
+        ids = torch.zeros(rows["text"], length, dtype=torch.long)
+        vision = nn.ModuleList([encoder.vision_model, encoder.visual_projection])
+        text = nn.ModuleList([encoder.text_model, encoder.text_projection])
+        return {
+            "vision": _trace(vision, encoder.encode_image, pixels),
+            "text": _trace(text, encoder.encode_text, ids, torch.ones_like(ids)),
+        }
+
+
+def picture_side(config: Config) -> int:
+    """Pixels a side that the vision tower takes."""
+    return image_size(_tower("vision", config))
+
+
+def _trace(module: nn.Module, encode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> TowerCost:
+    learned = [p.numel() for p in module.parameters() if p.requires_grad]
+    with LiveBytes(module, *inputs) as live, FlopCounterMode(display=False) as counter:
+        rows = encode(*inputs)
+        saved, forward = live.now, counter.get_total_flops()
+        if rows.requires_grad:
+            rows.sum().backward()
+        backward = counter.get_total_flops() - forward
+    return TowerCost(
+        parameters=sum(p.numel() for p in module.parameters()),
+        learned=sum(learned),
+        largest=max(learned, default=0),
+        width=module[1].in_features,
+        saved=saved,
+        peak=live.peak_without_gradients,
+        peak_with_gradients=live.peak,
+        forward_flops=forward,
+        backward_flops=backward,
+    )
+
+
+def _skeleton(config: Config) -> DualEncoder:
+    """The run's dual encoder without weights."""
+    with torch.device("meta"):
+        vision, text = _tower("vision", config), _tower("text", config)
+        return DualEncoder(vision, text, config.model, sigmoid=config.objective.loss == "sigmoid")
+
+
+def _tower(modality: Modality, config: Config) -> PreTrainedModel:
+    """From its Hugging Face config alone; weights are never read."""
+    section = getattr(config.model, modality)
+    key = f"model.{modality}"
+    if (section.source is None) == (section.config is None):
+        raise ValueError(f"{key}: expected exactly one of {key}.source and {key}.config, got neither or both")
+    try:
+        if section.source is not None:
+            found = AutoConfig.from_pretrained(section.source)
+            found = getattr(found, f"{modality}_config", found)
+        else:
+            options = dict(section.config) if modality == "vision" else _fitted(section)
+            found = AutoConfig.for_model(options.pop("model_type"), **options)
+        set_dropout(found, config.model.dropout)
+        with torch.device("meta"):
+            return siglip.PaddedSiglipText(found) if found.model_type == siglip.TEXT else AutoModel.from_config(found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{key}: its Hugging Face config could not be built: {one_line(error)}") from None
+
+
+def _fitted(text: TextConfig) -> dict:
+    """Room for the tokenizer; one that is still to be trained takes at most `vocab_size` ids."""
+    size = len(load_tokenizer(text.tokenizer)) if text.tokenizer else text.vocab_size
+    return {"max_position_embeddings": text.max_length + 2} | text.config | {"vocab_size": size}
+
+
+def _without_memory(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and buffers become fake ones, on the fake mode's device; floating ones in `dtype`."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                empty = torch.empty(p.shape, dtype=dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                kept = dtype if buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = torch.empty(buffer.shape, dtype=kept)

@@ -1,0 +1,89 @@
+"""Never hang in silence: what takes too long is written down with its stacks, and a rank that is left alone ends.
+
+A rank whose peers are gone or late gets an error from the collective that it waits in, at once where the connection
+breaks, after `engine.timeout_seconds` at the latest. It then says in one line where that was, and ends with exit code
+1 without waiting for anybody, since the process group cannot be shut down any more.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from vlscale.distributed import Ranks
+from vlscale.logging import get_logger
+
+_BACKENDS = ("gloo", "NCCL", "Connection closed by peer")
+
+
+class Watchdog:
+    """Entered around a run. `seconds`: how long a phase may take before it is reported, once; None: any time."""
+
+    def __init__(self, folder: Path, ranks: Ranks, seconds: float | None):
+        self._file, self._ranks, self._seconds = folder / f"watchdog-rank-{ranks.rank}.txt", ranks, seconds
+        self._phase, self._since, self._reported = "start", time.monotonic(), False
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def enter(self, phase: str, step: int) -> None:
+        """From here on the run does this: data, step, validation or checkpoint."""
+        self._phase, self._since, self._reported = f"{phase} of step {step}", time.monotonic(), False
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds is not None:
+            self._thread = threading.Thread(target=self._watch, name="vlscale-watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._ranks.size > 1 and error is not None and lost_a_rank(error):
+            said = str(error).splitlines()[0]
+            get_logger().error(
+                "rank %d: another rank is gone or too late, noticed in %s: %s; --resume continues from the newest "
+                "checkpoint",
+                self._ranks.rank,
+                self._phase,
+                said,
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._seconds / 4)):
+            phase, taken = self._phase, time.monotonic() - self._since
+            if taken > self._seconds and not self._reported:
+                self._reported = True
+                self._report(phase, taken)
+
+    def _report(self, phase: str, taken: float) -> None:
+        rank = self._ranks.rank
+        get_logger().warning(
+            "rank %d: %s takes longer than engine.step_timeout_seconds=%g; where it stands: %s",
+            rank,
+            phase,
+            self._seconds,
+            self._file,
+        )
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}: {phase}, {taken:.1f} s so far\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed, not our own code."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _BACKENDS)
+    )
