@@ -46,7 +46,7 @@ def cells(folder: Path, analyse) -> None:
         (folder / f"clean-seed-{seed}.json").write_text(json.dumps({"measured": measured}))
 
 
-def test_differences_are_paired_by_seed(analyse, tmp_path):
+def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
     """Seeds differ by 10 and the methods by 1 to 3: only paired does the difference leave out zero."""
     cells(tmp_path, analyse)
     study = {
@@ -57,6 +57,8 @@ def test_differences_are_paired_by_seed(analyse, tmp_path):
     }
     table = analyse.read_cells(study, tmp_path)
     assert analyse.paired(table["clean"], "joint", "contrastive", "i2i").tolist() == [1.0, 2.0, 3.0]
+    assert "| joint - contrastive | +0.0 | +2.0 |" in analyse.markdown(study, table, {})  # too few for an interval
+    monkeypatch.setattr(analyse, "ENOUGH", 3)
     page = analyse.markdown(study, table, {})
     assert "| contrastive | 20.0 |" in page and "| joint | 20.0 | 22.0 |" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| joint - contrastive |")]

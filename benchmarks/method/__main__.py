@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
     parser.add_argument("--processes", type=int, default=1, help="cells at a time, each on one thread")
     parser.add_argument("--cells", type=Path, help="a ...-method-cells.json of benchmarks/results/ to start from")
+    parser.add_argument("--only-report", action="store_true", help="of the cells that are there; nothing is run")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
     given = parser.parse_args(argv)
     study = yaml.safe_load(given.study.read_text())
@@ -46,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     cells.mkdir(parents=True, exist_ok=True)
     for name, known in (json.loads(given.cells.read_text()) if given.cells else {}).items():
         (cells / f"{name}.json").write_text(json.dumps(known, indent=1) + "\n")
+    if given.only_report:
+        chosen = {
+            path.stem.removeprefix("tuning-"): choose(study, json.loads(path.read_text()))
+            for path in sorted(cells.glob("tuning-*.json"))
+        }
+        write_study(study, cells, chosen, given.out, keep=given.write)
+        return 0
     common = {"threads": 1, "emoji": given.emoji and str(given.emoji), **{k: study[k] for k in ("pairs", "held_out")}}
 
     def cell(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict | None:

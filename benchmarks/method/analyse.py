@@ -17,6 +17,7 @@ from common import RESULTS, provenance, today
 NAMES = {
     "rsum": "rsum", "i2i": "i2i", "t2t": "t2t", "single": "mean of i2i, t2t", "i2it": "i2it", "t2it": "t2it",
 }  # fmt: skip
+ENOUGH = 5  # seeds below which an interval is not to be trusted
 EXACT = 6  # seeds up to which all resamples are made
 
 
@@ -77,7 +78,13 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
     for level, by_seed in table.items():
         if not by_seed:
             continue
-        lines += ["", f"## {level} ({len(by_seed)} seeds)", "", "| | " + " | ".join(NAMES.values()) + " |"]
+        few = "" if len(by_seed) >= ENOUGH else f"; with fewer than {ENOUGH} nothing is concluded"
+        lines += [
+            "",
+            f"## {level} ({len(by_seed)} of {len(study['seeds'])} seeds{few})",
+            "",
+            "| | " + " | ".join(NAMES.values()) + " |",
+        ]
         lines.append("| --- |" + " ---: |" * len(NAMES))
         for method in ("teachers", *study["methods"]):
             means = [np.mean([cell[method][endpoint] for cell in by_seed.values()]) for endpoint in NAMES]
@@ -94,6 +101,9 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
 
 
 def _difference(differences: np.ndarray) -> str:
+    """Without an interval where there are too few seeds for one."""
+    if len(differences) < ENOUGH:
+        return f"{differences.mean():+.1f}"
     low, high = interval(differences)
     shown = f"{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{shown}**" if low > 0 or high < 0 else shown
