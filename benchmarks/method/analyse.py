@@ -130,7 +130,7 @@ def plot(study: dict, table: dict, path: Path) -> None:
     levels = [level for level, by_seed in table.items() if by_seed]
     methods = [method for method in study["methods"] if method != "contrastive"]
     figure, axes = plt.subplots(len(levels), len(NAMES), figsize=(2.4 * len(NAMES), 2.0 * len(levels)), squeeze=False)
-    for row, level in zip(axes, levels, strict=True):
+    for level, row in zip(levels, axes, strict=True):
         for axis, endpoint in zip(row, NAMES, strict=True):
             for place, method in enumerate(methods):
                 differences = paired(table[level], method, "contrastive", endpoint)
@@ -142,7 +142,7 @@ def plot(study: dict, table: dict, path: Path) -> None:
             axis.set_yticks(range(len(methods)), methods if axis is row[0] else [""] * len(methods), fontsize=7)
             axis.tick_params(axis="x", labelsize=7)
             axis.invert_yaxis()
-            if row is axes[0]:
+            if level == levels[0]:
                 axis.set_title(NAMES[endpoint], fontsize=9)
         row[0].set_ylabel(level, fontsize=9)
     figure.suptitle("difference from contrastive only: mean over seeds, 95 % interval, each seed", fontsize=9)
