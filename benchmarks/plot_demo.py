@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS = {"contrastive only": "#c98b2b", "CoVLR, meta step": "#4a4fb5"}
+RUNS = {"contrastive only": "#c98b2b", "CoVLR, meta step": "#4a4fb5", "RVLR": "#2f8f6b"}
 ROWS = {  # measure: label
     "i2t/r@10": "picture to its captions, R@10",
     "t2i/r@10": "caption to its picture, R@10",
@@ -46,7 +46,7 @@ def main() -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
     figure.savefig(target, dpi=160)
 
 

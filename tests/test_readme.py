@@ -1,5 +1,6 @@
 """What README.md says is true: its files exist, its numbers have a result behind them, its examples load and agree."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -63,3 +64,15 @@ def test_the_kernels_table_is_the_linked_result():
     dense, chunked = rows["contrastive dense"], rows["contrastive chunked"]
     assert f"**{chunked['ratio']:.2f}** | **{chunked['extra_megabytes']:.0f} MB**" in TEXT
     assert f"1.00 | {dense['extra_megabytes']:,.0f} MB" in TEXT
+
+
+def test_the_studys_table_is_the_linked_result():
+    (name,) = set(re.findall(r"benchmarks/results/([\w-]+method-study)\.md", TEXT))
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open()))
+    labels = {"contrastive": "contrastive", "relations jointly": "joint", "CoVLR `heads`": "heads"}
+    for label, method in (labels | {"RVLR, matching left out": "rvlr"}).items():
+        (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| {label} |")]
+        own = [each for each in rows if each["level"] == "emoji" and each["method"] == method]
+        assert len({each["seed"] for each in own}) == 5
+        means = [sum(float(each[name]) for each in own) / 5 for name in ("rsum", "i2i", "t2t", "i2it", "t2it")]
+        assert [cell.strip(" *") for cell in row.split("|")[2:-1]] == [f"{mean:.1f}" for mean in means]

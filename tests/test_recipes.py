@@ -81,10 +81,11 @@ def test_demo_results_hold_every_measure_of_every_run(demo):
 def test_a_recipe_trains_under_any_objective(real_data, tmp_path, objective):
     shards = real_data / "emoji"
     arguments = [f"data.train={shards}/emoji-train-*.tar", f"objective.name={objective}", "meta.mode=heads"]
-    short = ["stages.teachers.train.max_steps=6", "train.max_steps=6", "eval.every=null"]
-    done = vlscale(
-        "train", str(ROOT / "configs/rvlr-official-cpu.yaml"), "--out", "run", *arguments, *short, cwd=tmp_path
-    )
+    recipe = tmp_path / "short.yaml"
+    short = "train: {max_steps: 6}, eval: {every: null}, optim: {warmup_steps: 2}"
+    teachers = "stages: {teachers: {train: {max_steps: 6}}}"
+    recipe.write_text(f"{{base: {ROOT / 'configs/rvlr-official-cpu.yaml'}, {short}, {teachers}}}\n")
+    done = vlscale("train", str(recipe), "--out", "run", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert ("needs a fusion encoder" in done.stderr) == (objective == "rvlr")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 6

@@ -30,7 +30,7 @@ from vlscale.train.bad_numbers import BadSteps
 
 MANIFEST = "manifest.json"
 FULL = "full"
-FORMAT = 2
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ def load_checkpoint(
         load_engine(folder)
         own = _own(folder, ranks.rank)
         _set_random_state(own["random"])
-        return Restored(manifest["step"], own["stream"], BadSteps(**own["bad_steps"]))
+        return Restored(manifest["step"], own["stream"], BadSteps(**own.get("bad_steps", {})))
     load_full(folder / FULL)
     everyone = [_own(folder, rank) for rank in range(manifest["layout"]["world_size"])]
     if ranks.rank < len(everyone):
         _set_random_state(everyone[ranks.rank]["random"])
     stream_state = merge_states([own["stream"] for own in everyone])
-    return Restored(manifest["step"], stream_state, BadSteps(**everyone[0]["bad_steps"]))
+    return Restored(manifest["step"], stream_state, BadSteps(**everyone[0].get("bad_steps", {})))
 
 
 def _own(folder: Path, rank: int) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class Engine:
 
     def moments(self) -> list[str]:
         """What the optimizer keeps for every element, by its own names; empty before its first step."""
-        state = next(iter(self._optimizer.state.values()), {})
+        state = next((state for state in self._optimizer.state.values() if state), {})
         return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.ndim)
 
     def full(self, index: int, key: str | None) -> torch.Tensor:
@@ -234,6 +234,9 @@ class Engine:
             return parameter.detach().float() if key is None else self._optimizer.state[parameter][key]
         if key is None:
             return safe_get_full_fp32_param(parameter)
+        views = getattr(parameter, "_hp_mapping", None)
+        if views is not None and key not in (views.optim_fragment or {}):
+            self._moments_moved()  # DeepSpeed links all groups when the first one has stepped: the others have none yet
         self._link_moments()
         return safe_get_full_optimizer_state(parameter, key)
 

@@ -1,0 +1,125 @@
+"""Two ranks under the real launcher: bad numbers on one rank only, other world sizes in one training, a killed rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlscale.cli.launcher import free_port
+from vlscale.config import load_plan
+from vlscale.train.metrics_file import read_metrics
+from vlscale.train.plan import train_plan
+
+# `vlscale train` whose pictures are NaN on rank 1 in the second step, or which sleeps in a step
+SCRIPT = """
+import os, sys, time
+from vlscale.cli import main
+from vlscale.train.inputs import Inputs
+real = Inputs.student
+spoil, sleep = int(os.environ.get("SPOIL", 0)), int(os.environ.get("SLEEP", 0))
+def student(self, batch):
+    inputs, step = real(self, batch), batch.state.samples // 32
+    if step == spoil and os.environ["RANK"] == "1":
+        inputs["pixels"] = inputs["pixels"] * float("nan")
+    if step == sleep:
+        time.sleep(600 if os.environ["RANK"] == "1" else 0)
+    return inputs
+Inputs.student = student
+main(["train", *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))])
+"""
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2"]
+    command += ["--master_port", str(free_port()), str(script), *arguments]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def launch(folder: Path, *arguments: str, **environment: str) -> str:
+    process = start(folder, *arguments, **environment)
+    said = process.communicate(timeout=900)[1]
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+def alone(config: Path, out: Path, *overrides: str) -> None:
+    train_plan(load_plan(config, ["log.progress=false", *overrides]), out, resume=True)
+
+
+def lines(run: Path) -> list[dict]:
+    return read_metrics(run / "metrics.jsonl")
+
+
+def test_a_bad_rank_is_seen_by_both_at_stages_2_and_3(tiny_config, tmp_path):
+    recipe = tmp_path / "stages.yaml"
+    recipe.write_text(
+        f"base: {tiny_config}\n"
+        "train: {max_steps: 3, checkpoint_every: 1, keep_checkpoints: 9, elastic: true, bad_numbers: skip}\n"
+        "variants:\n  two: {engine: {zero_stage: 2}}\n  three: {engine: {zero_stage: 3}}\n"
+    )
+    launch(tmp_path, str(recipe), "--out", str(tmp_path / "out"), SPOIL="2")
+    for name in ("two", "three"):
+        run = tmp_path / "out" / name
+        assert [line["skipped_steps"] for line in lines(run)] == [0, 1, 1]
+        assert weights_at(run, 2) == weights_at(run, 1) != weights_at(run, 3)
+        assert (run / "bad-2.json").is_file()
+
+
+def weights_at(run: Path, step: int) -> tuple[bytes, ...]:
+    folder = run / "checkpoints" / f"step-{step}" / "full"
+    return tuple(path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+@pytest.mark.parametrize("optim", ["{name: adamw}", "{name: sgd, lr: 0.05, weight_decay: 0}"], ids=["adamw", "sgd"])
+def test_two_one_two_ranks_follow_the_undisturbed_run(tiny_config, tmp_path, optim):
+    """Each part ends by the stop file, as a user would end it; the first step after a start always runs."""
+    recipe = tmp_path / "elastic.yaml"
+    recipe.write_text(f"base: {tiny_config}\ntrain: {{max_steps: 3, elastic: true}}\noptim: {optim}\n")
+    alone(recipe, tmp_path / "whole")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stop").touch()
+    first = start(tmp_path, str(recipe), "--out", str(out), "--resume")
+    first.communicate(timeout=900)
+    (out / "stop").touch()
+    with pytest.raises(SystemExit):
+        alone(recipe, out)
+    assert [line["step"] for line in lines(out)] == [1, 2]
+    launch(tmp_path, str(recipe), "--out", str(out), "--resume")
+    found, expected = lines(out), lines(tmp_path / "whole")
+    assert [line["keys"] for line in found] == [line["keys"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    if "sgd" in optim:
+        moved = load_file(out / "final" / "model.safetensors")
+        for name, value in load_file(tmp_path / "whole" / "final" / "model.safetensors").items():
+            torch.testing.assert_close(moved[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_when_a_rank_is_killed_the_other_ends_with_one_line_and_no_orphans(tiny_config, tmp_path):
+    out = tmp_path / "out"
+    slow = ["engine.timeout_seconds=20", "engine.step_timeout_seconds=1"]
+    process = start(tmp_path, str(tiny_config), "--out", str(out), *slow, SLEEP="3")
+    report = out / "watchdog-rank-1.txt"
+    deadline = time.monotonic() + 600
+    while not (report.is_file() and "step of step 3" in report.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = {child.environ().get("RANK"): child for child in children if "train.py" in " ".join(child.cmdline())}
+    killed = time.monotonic()
+    ranks["1"].send_signal(signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    told = [line for line in said.splitlines() if "rank 0: another rank is gone or too late" in line]
+    assert len(told) == 1 and "step of step 3" in told[0] and "Traceback" not in said.split(told[0])[1]
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
