@@ -29,7 +29,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     for row, name in enumerate(ROWS):
         ends = [results[run]["metrics"][name]["value"] for run in RUNS]
-        axes.plot(ends, [row, row], color="#bbbbbb", linewidth=3, zorder=1, solid_capstyle="round")
+        axes.plot([min(ends), max(ends)], [row, row], color="#bbbbbb", linewidth=3, zorder=1, solid_capstyle="round")
     for run, color in RUNS.items():
         measures = [results[run]["metrics"][name] for name in ROWS]
         value, low, high = ([m[key] for m in measures] for key in ("value", "low", "high"))
