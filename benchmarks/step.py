@@ -80,7 +80,8 @@ def main() -> None:
         own = validate({"objective": objective, "meta": meta, "teacher": {"source": "frozen_copy"}}, name)
         parts = StepParts(engine, inputs, own.objective, own.meta, ranks, None)
         started = time.perf_counter()
-        STEPS[own.meta_mode](parts, batches[0], batches["next" in name], 1e-6)
+        engine.set_rates(1e-6, 1)
+        STEPS[own.meta_mode](parts, batches[0], batches["next" in name])
         return time.perf_counter() - started
 
     taken: dict[str, list[float]] = {name: [] for name in METHODS}
