@@ -13,6 +13,8 @@ w, since |a - b| w + |a - b| (1 - w) = |a - b|: with equal weights w then learns
 Legend: B pairs of this rank, D width.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from vlscale.distributed import Ranks
@@ -21,70 +23,55 @@ from vlscale.objectives.sharded_relation_match import sharded_relation_match_los
 from vlscale.sections import ObjectiveConfig
 
 
-def mixture(text_share: torch.Tensor) -> torch.Tensor:
-    """(w, 1 - w): the weights of the text and the image teacher's relations, in this order."""
-    return torch.stack([text_share, 1 - text_share])
+@dataclass(frozen=True)
+class Mixture:
+    """The teachers' relations, mixed, and how distances to them are taken over ranks. All rows unit rows."""
 
+    teacher_text: torch.Tensor  # (B, D_text)
+    teacher_image: torch.Tensor  # (B, D_image)
+    text_share: torch.Tensor  # (), w
+    objective: ObjectiveConfig
+    ranks: Ranks
+    comm: str
 
-def distance_to_mixture(
-    rows: torch.Tensor,
-    teacher_text: torch.Tensor,
-    teacher_image: torch.Tensor,
-    text_share: torch.Tensor,
-    objective: ObjectiveConfig,
-    ranks: Ranks,
-    comm: str,
-) -> torch.Tensor:
-    """Distance of the relations of `rows` (B, D) from the mixture, over the global batch. All rows unit rows."""
-    teachers, weights = [teacher_text, teacher_image], mixture(text_share)
-    if objective.relation_distance == "kl":
+    def distance(self, rows: torch.Tensor) -> torch.Tensor:
+        """Distance of the relations of `rows` (B, D) from the mixture, over the global batch."""
+        if self.objective.relation_distance != "kl":
+            return self._match(rows, [self.teacher_text, self.teacher_image], self._weights())
         return sharded_relation_kl_loss(
             rows,
-            teachers,
-            teacher_weights=weights,
-            student_temperature=objective.student_temperature,
-            teacher_temperature=objective.teacher_temperature,
-            scope=objective.relation_scope,
-            relation=objective.relation,
-            ranks=ranks,
-            comm=comm,
-            impl=objective.impl,
+            [self.teacher_text, self.teacher_image],
+            teacher_weights=self._weights(),
+            student_temperature=self.objective.student_temperature,
+            teacher_temperature=self.objective.teacher_temperature,
+            scope=self.objective.relation_scope,
+            relation=self.objective.relation,
+            ranks=self.ranks,
+            comm=self.comm,
+            impl=self.objective.impl,
         )
-    return sharded_relation_match_loss(
-        rows,
-        teachers,
-        weights,
-        temperature=objective.student_temperature,
-        metric=objective.relation_distance,
-        ranks=ranks,
-        comm=comm,
-        impl=objective.impl,
-    )
 
+    def cross_modal_distance(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Distance of the symmetrised image-text matrix from the mixture, `mae` or `mse`; (B, D) each.
 
-def cross_modal_distance(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    teacher_text: torch.Tensor,
-    teacher_image: torch.Tensor,
-    text_share: torch.Tensor,
-    objective: ObjectiveConfig,
-    ranks: Ranks,
-    comm: str,
-) -> torch.Tensor:
-    """Distance of the symmetrised image-text matrix from the mixture, `mae` or `mse`.
+        With a = (image + text) / 2 and b = (image - text) / 2, (image_i . text_j + image_j . text_i) / 2 is
+        a_i . a_j - b_i . b_j: two relation matrices, the second moved to the mixture's side of the difference.
+        """
+        weights = torch.cat([torch.ones_like(self.text_share)[None], self._weights()])
+        return self._match((image + text) / 2, [(image - text) / 2, self.teacher_text, self.teacher_image], weights)
 
-    With a = (image + text) / 2 and b = (image - text) / 2, (image_i . text_j + image_j . text_i) / 2 is
-    a_i . a_j - b_i . b_j: two relation matrices, the second moved to the mixture's side of the difference.
-    """
-    weights = torch.cat([torch.ones_like(text_share)[None], mixture(text_share)])
-    return sharded_relation_match_loss(
-        (image + text) / 2,
-        [(image - text) / 2, teacher_text, teacher_image],
-        weights,
-        temperature=objective.student_temperature,
-        metric=objective.relation_distance,
-        ranks=ranks,
-        comm=comm,
-        impl=objective.impl,
-    )
+    def _weights(self) -> torch.Tensor:
+        """(w, 1 - w), of the text and the image teacher's relations."""
+        return torch.stack([self.text_share, 1 - self.text_share])
+
+    def _match(self, rows: torch.Tensor, others: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        return sharded_relation_match_loss(
+            rows,
+            others,
+            weights,
+            temperature=self.objective.student_temperature,
+            metric=self.objective.relation_distance,
+            ranks=self.ranks,
+            comm=self.comm,
+            impl=self.objective.impl,
+        )

@@ -12,7 +12,7 @@ import torch
 from vlscale.distributed import Ranks
 from vlscale.objectives.contrastive import Metrics, contrastive
 from vlscale.objectives.relation import relation
-from vlscale.objectives.rvlr import cross_modal_distance, distance_to_mixture
+from vlscale.objectives.rvlr import Mixture
 from vlscale.sections import ObjectiveConfig
 
 Term = tuple[float, Callable[[], tuple[torch.Tensor, Metrics]]]  # its weight, and what computes it
@@ -87,16 +87,16 @@ def relations_loss(
 def _rvlr_relations(
     rows: Embedded, objective: ObjectiveConfig, ranks: Ranks, comm: str = "auto"
 ) -> tuple[torch.Tensor, Metrics]:
-    targets = (rows.teacher_text, rows.teacher_image, rows.text_share, objective, ranks, comm)
+    mixture = Mixture(rows.teacher_text, rows.teacher_image, rows.text_share, objective, ranks, comm)
 
     def to_mixture(own: torch.Tensor, name: str) -> tuple[torch.Tensor, Metrics]:
-        loss = distance_to_mixture(own, *targets)
+        loss = mixture.distance(own)
         return loss, {name: loss.detach()}
 
     def kd() -> tuple[torch.Tensor, Metrics]:
-        distances = [distance_to_mixture(rows.image, *targets), distance_to_mixture(rows.text, *targets)]
+        distances = [mixture.distance(rows.image), mixture.distance(rows.text)]
         if objective.cross_modal_relation:
-            distances.append(cross_modal_distance(rows.image, rows.text, *targets))
+            distances.append(mixture.cross_modal_distance(rows.image, rows.text))
         loss = sum(distances) / len(distances)
         return loss, {"kd": loss.detach(), "mixture_text": rows.text_share.detach()}
 
