@@ -1,6 +1,8 @@
 """Shared: a small synthetic corpus, a tiny config for it, and the folder of real data where there is one."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,14 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def log_reaches_pytest(monkeypatch) -> None:
-    """`caplog` sees vlscale's lines, also after a command in this process has set up its own logging."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
+def log_reaches_pytest(monkeypatch) -> Iterator[None]:
+    """`caplog` sees the lines of vlscale, also after a command or another test in this process set up its own logging."""
+    logger = get_logger()
+    monkeypatch.setattr(logger, "propagate", True)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")
