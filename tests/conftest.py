@@ -53,7 +53,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def log_reaches_pytest(monkeypatch) -> Iterator[None]:
-    """`caplog` sees the lines of vlscale, also after a command or another test in this process set up its own logging."""
+    """`caplog` sees the lines of vlscale, also after a command or another test in this process set up its own log."""
     logger = get_logger()
     monkeypatch.setattr(logger, "propagate", True)
     before = logger.level
