@@ -86,6 +86,9 @@ def _move(
         if part is None:
             continue
         intended = wide(part) * rate
+        if own.values.dtype == intended.dtype:  # the values are their own master, and nothing is lost
+            own.values.add_(intended)
+            continue
         own.values.copy_(wide(own.master()) + intended)
         realised = wide(own.values) - wide(before[index])
         products += torch.stack([intended @ realised, intended @ intended, realised @ realised]).double()
