@@ -181,8 +181,17 @@ class ObjectiveConfig(Section):
         return any(of_rvlr if self.name == "rvlr" else (self.image_relation_weight, self.text_relation_weight))
 
     @property
+    def contrasts(self) -> bool:
+        """Whether consistency has a weight: what a meta step moves the parameters by."""
+        return any((self.contrastive_weight, self.view_weight, self.caption_weight)) or self._contrasts_with_teachers
+
+    @property
     def needs_teachers(self) -> bool:
-        return self.distils or (self.name == "rvlr" and (self.iic_weight > 0 or self.ttc_weight > 0))
+        return self.distils or self._contrasts_with_teachers
+
+    @property
+    def _contrasts_with_teachers(self) -> bool:
+        return self.name == "rvlr" and (self.iic_weight > 0 or self.ttc_weight > 0)
 
     @model_validator(mode="after")
     def _possible(self) -> "ObjectiveConfig":
@@ -334,5 +343,6 @@ class Config(Section):
 
     @property
     def meta_mode(self) -> str:
-        """`meta.mode`, or joint where no relation has a weight: there is then nothing to look at after a shift."""
-        return self.meta.mode if self.objective.distils else "joint"
+        """`meta.mode`, or joint where relations or consistency have no weight: there is then nothing to look at after a
+        shift, or nothing to shift by."""
+        return self.meta.mode if self.objective.distils and self.objective.contrasts else "joint"

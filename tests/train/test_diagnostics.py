@@ -91,3 +91,24 @@ def test_no_diagnostics_are_recorded_unless_asked_for(tiny_config, tmp_path):
     train_plan(load_plan(tiny_config, [*COVLR, "train.max_steps=1"]), tmp_path / "run", resume=False)
     (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert not [name for name in line if name.startswith("probe_")]
+
+
+def test_parts_without_a_weight_have_no_gradient_to_compare():
+    objective = ObjectiveConfig(name="covlr", contrastive_weight=0, relation_weight=0.3, relation_weight_image=0)
+    own = Embedded(
+        rows(12, 6, 0), rows(12, 6, 1), torch.tensor(10.0), None, torch.arange(12), teacher_text=rows(12, 5, 3)
+    )
+    assert gradient_cosine(own, StepParts(None, None, objective, None, Ranks(), None)) == 0
+
+
+def test_second_views_are_contrasted_with_first_ones():
+    """Of the same pictures another view: the gradient is not that of a picture with itself."""
+    objective = ObjectiveConfig(name="covlr", contrastive_weight=0, view_weight=1, relation_weight=0.3)
+    given = {"teacher_image": rows(12, 5, 2), "teacher_text": rows(12, 5, 3), "second_text": rows(12, 6, 5)}
+    parts = StepParts(None, None, objective, None, Ranks(), None)
+    first = Embedded(rows(12, 6, 0), rows(12, 6, 1), torch.tensor(10.0), None, torch.arange(12), **given)
+    cosines = []
+    for seed in (7, 8):
+        first.second_image = rows(12, 6, seed)
+        cosines.append(gradient_cosine(first, parts))
+    assert abs(cosines[0] - cosines[1]) > 1e-3

@@ -161,3 +161,14 @@ def test_what_cannot_be_is_said(tiny_config, overrides, said):
 def test_without_relations_every_mode_is_the_joint_step(tiny_config):
     (run,) = load_plan(tiny_config, [*ANY, "objective.name=contrastive", "meta.mode=heads"])
     assert run.config.meta_mode == "joint" and not run.config.objective.needs_teachers
+
+
+def test_without_consistency_there_is_nothing_to_shift_by(tiny_config):
+    weights = ["objective.name=covlr", "objective.contrastive_weight=0", "meta.mode=heads"]
+    (run,) = load_plan(tiny_config, [*ANY, *weights])
+    assert run.config.meta_mode == "joint"
+
+
+def test_consistency_of_one_modality_moves_its_projection_alone(build):
+    parts, batch, _ = build("meta.mode=heads", *RVLR, "objective.contrastive_weight=0", "objective.ttc_weight=0")
+    assert error(gradient_of(parts, "heads", batch, batch), reference_gradient(parts, "heads", batch, batch)) <= 1e-8

@@ -41,9 +41,6 @@ class Gradients:
         assert part is not None, "a parameter that one pass reaches is reached by all of them"
         return part
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
     def along(self, index: int, held: Held) -> torch.Tensor | None:
         """The elements of one part that `held` has, or None."""
         part = self._parts[index]

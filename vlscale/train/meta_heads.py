@@ -46,7 +46,7 @@ def heads_step(parts: StepParts, batch: Batch, test_batch: Batch) -> dict[str, f
     weights = tuple(wide(weight).view(weight.shape) for weight in (features.visual_weight, features.text_weight))
     rows = trained.rows(weights)
     consistency, metrics = consistency_loss(rows, parts.objective, parts.ranks, comm="gather")  # differentiable twice
-    gradient = torch.autograd.grad(consistency, weights, create_graph=True)
+    gradient = torch.autograd.grad(consistency, weights, create_graph=True, allow_unused=True, materialize_grads=True)
     gradient = tuple(mean_over_ranks(part, parts.ranks) for part in gradient)
     norm = _norm(gradient)
     rate = inner_rate(parts.meta, _norm(weights), norm)

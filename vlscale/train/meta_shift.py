@@ -9,9 +9,8 @@ last of a step's passes goes through the engine, whose backward is handed the ot
 and updates once. Each gradient that is kept costs the memory of the learned parameters on every rank, at every ZeRO
 stage: one for first_order, three for finite_difference, and a copy of the parameters while they are moved.
 
-meta.epsilon is e |v| / |theta|. The error of H v falls as its square until rounding shows. On a small encoder the whole
-gradient was off by 2e-5 of its length at 3e-5 in float32. In bf16 it is off by 2 % at best, as far as first_order is
-from the exact one: there H v is mostly rounding, and `heads` is the way to second order.
+meta.epsilon is e |v| / |theta|. The error of H v falls as its square until rounding shows, which in bf16 is most of
+H v: there `heads` is the way to second order.
 """
 
 import torch
