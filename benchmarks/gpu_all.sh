@@ -75,6 +75,7 @@ if [ -n "$smoke" ]; then
   size=(--device cpu --pairs 64 130 --widths 16 --scales 100 --rounds 3 --without compiled)
   accuracy=("${size[@]}")
   main=(--minutes 1 --families contrastive)
+  narrow=("${main[@]}")
   rest=(--minutes 1 --families ranks)
   pictures=(--device cpu --batch 2 --rounds 3)
   small=(--accuracy --device cpu --pairs 65 --widths 16 --scales 100 --without compiled)
@@ -83,7 +84,8 @@ else
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n 4 --dist loadfile)  # compiling keeps four cores busy
   size=(--device cuda)
   accuracy=(--device cuda --widths 512 --scales 14 100 --without compiled)
-  main=(--minutes 2.3 --families contrastive relation_kl --pairs 4096 32768 131072 --widths 512 1024 --scales 100)
+  main=(--minutes 1.9 --families contrastive relation_kl --pairs 4096 32768 131072 --widths 512 1024 --scales 100)
+  narrow=(--minutes 0.25 --families contrastive --pairs 4096 32768 --widths 128 256 --scales 100 --without compiled)
   rest=(--minutes 0.7 --families sigmoid relation_mae relation_mse neighbours ranks --pairs 4096 32768 --widths 512
     --scales 100 --without compiled)
   pictures=(--device cuda)
@@ -97,7 +99,8 @@ part machine 15 bash -c machine
 clocks
 part tests 120 "$python" -m pytest -q "${pytest[@]}" "${tests[@]}"
 part errors 55 "$python" benchmarks/kernels_bench.py --accuracy --out "$folder" "${accuracy[@]}"
-part times 160 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${main[@]}"
+part times 135 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${main[@]}"
+part times_narrow 25 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${narrow[@]}"
 part times_rest 55 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${rest[@]}"
 part pictures 25 "$python" benchmarks/kernels_bench.py --pictures --out "$folder" "${pictures[@]}"
 sanitizer=$(command -v compute-sanitizer || true)

@@ -28,10 +28,11 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from vlscale.kernels.triton_tiles import Work, config_for  # noqa: E402
+from vlscale.kernels.triton_tiles import FUSED, Work, config_for  # noqa: E402
 
 from vlscale.kernels import triton_contrastive as contrastive  # noqa: E402
 from vlscale.kernels import triton_contrastive_double as double  # noqa: E402
+from vlscale.kernels import triton_contrastive_fused as fused  # noqa: E402
 from vlscale.kernels import triton_relation_kl as kl  # noqa: E402
 from vlscale.kernels import triton_relation_match as match  # noqa: E402
 from vlscale.kernels import triton_retrieval as retrieval  # noqa: E402
@@ -98,7 +99,7 @@ FLAGS = {"flag_ptr", "run_ptr"}
 INDICES = {"count_ptr", "table_ptr", "exclude_ptr", "ceiling_ptr"}
 KEYS = {("neighbours_kernel", "out_ptr")}
 COUNTS = {("rank_counts_kernel", "out_ptr")}
-STORED = {"g_ptr", "h_ptr"}
+STORED = {"g_ptr", "h_ptr", "right_ptr"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -110,6 +111,15 @@ def builds(archs: list[int]) -> Iterator[Build]:
         for dtype in ("bf16", "fp32"):
             for kernel, variant, work, constants in kernels(dtype):
                 yield Build(kernel, variant, dtype, arch, config_for(DTYPES[dtype], arch // 10, work), constants)
+        yield from fused_builds(arch)
+
+
+def fused_builds(arch: int) -> Iterator[Build]:
+    """The fused gradient, by the features that its tiles hold; bfloat16 only."""
+    for features, config in FUSED[arch // 10].items():
+        for shared in (True, False):
+            variant = f"{features} features, " + ("shared" if shared else "vectors")
+            yield Build(fused.fused_gradient_kernel, variant, "bf16", arch, config, {"SHARED": shared})
 
 
 def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:

@@ -18,7 +18,7 @@ from .chunked import COLUMNS, ROWS, Scratch, diagonal_part, product, spans, tile
 from .chunked_contrastive import Positives
 
 
-def _flip_positives(z: Tensor, positives: Positives, i, j) -> Tensor:
+def flip_positives(z: Tensor, positives: Positives, i, j) -> Tensor:
     """Negate the positives of one tile; applied to logits before, and to the derivative after, the sigmoid."""
     if positives.row_ids is not None:
         return torch.where(positives.mask(i, j), -z, z)
@@ -41,11 +41,11 @@ def sigmoid_sweep(
         for j in spans(0, len(y), COLUMNS):
             right = y[slice(*j)]
             z = product(left, right, scratch.tile(0, i[1] - i[0], j[1] - j[0])).add_(bias)
-            z = _flip_positives(z, positives, i, j)
+            z = flip_positives(z, positives, i, j)
             loss -= F.logsigmoid(-z).sum(dtype=torch.float64)
             if not (want_x or want_y):
                 continue
-            n = _flip_positives(z.sigmoid_(), positives, i, j)
+            n = flip_positives(z.sigmoid_(), positives, i, j)
             total += n.sum(dtype=torch.float64)
             if want_x:
                 torch.addmm(dx[slice(*i)], n, right, beta=float(j[0] > 0), out=dx[slice(*i)])

@@ -25,6 +25,9 @@ Contrastive, rows x (b, D) against gathered columns y (N, D)
 
 Sigmoid: loss, dx, dy, total = sigmoid_sweep(x, y, scale, bias, positives, want_x=, want_y=), each over N by the caller;
     all_reduce(SUM) loss and total, reduce_scatter(SUM) dy.
+  gradient of the gradient, cotangents u (b, D), v (N, D) gathered, w and t 0-d
+    xb, yb, sums = sigmoid_double_sweep(x, y, u, v, scale, bias, w, t, positives)
+                                                                          reduce_scatter yb, all_reduce sums
 
 Relations, rows x (b, F) of X (N, F): Relation(x, X, weights, widths, kind) for the student and for the teacher
     references = References(c, c), c = fixed_reference(bound, dtype, REACH[dtype]), bound by all_reduce(MAX)
@@ -44,7 +47,8 @@ These are the PyTorch forms, for any device. triton_contrastive.contrastive_stat
 triton_sigmoid.sigmoid_sweep take the same rectangles and offsets (with a device flag in place of the host's answer to
 sums_are_sound), and so do triton_relation_kl's relation_maxima, relation_kl_statistics and relation_kl_gradients, with
 triton_relation.Operand.of(rows, columns, weights, widths, kind) in place of a Relation (embeddings bfloat16 as they are
-or float32) and the same sweeps, references, coefficients and finish().
+or float32) and the same sweeps, references, coefficients and finish(). triton_relation_match.relation_mae_sweep takes
+the two sides apart, the teacher with its weights negated.
 """
 
 from .chunked import fixed_reference, sums_are_sound
@@ -80,6 +84,7 @@ from .chunked_relation_match import (
     relation_wasserstein_sweep,
 )
 from .chunked_sigmoid import sigmoid_sweep
+from .chunked_sigmoid_double import sigmoid_double_sweep
 
 __all__ = [
     "REACH",
@@ -108,6 +113,7 @@ __all__ = [
     "relation_maxima",
     "relation_mse_total",
     "relation_wasserstein_sweep",
+    "sigmoid_double_sweep",
     "sigmoid_sweep",
     "sums_are_sound",
 ]

@@ -10,6 +10,8 @@ time. On a GPU torch.sort takes such rows through global memory a few times, O(N
 itself would have to sort them by a network of O(log^2 N) steps, in registers and for some thousand columns at most.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from .checks import as_scalar, as_teachers, as_weights, check_choice, check_embe
 from .chunked import full_precision
 from .chunked_relation import Relation, RelationGradient, Sweep
 from .once import scale_saved
+
+if TYPE_CHECKING:
+    from .triton_relation import OperandGradient
 
 
 @torch.library.custom_op("vlscale::relation_match_forward", mutates_args=())
@@ -42,14 +47,17 @@ def forward_op(
     pairs = n * (n - 1)
     if impl == "triton" and metric == "mae" and weights.dtype == torch.float32:
         from .triton_relation import Operand
-        from .triton_relation_match import relation_mae
+        from .triton_relation_match import relation_mae_sweep
 
         sides = (
             Operand.of(student, student, student_weight, [student.shape[1]], "cosine"),
-            Operand.of(teacher, teacher, weights, widths, "cosine"),
+            Operand.of(teacher, teacher, -weights, widths, "cosine"),
         )
-        total, found = relation_mae(*sides, want_student=want_student, want_teacher=want_teacher)
-        return (total / pairs).to(weights.dtype), *(weights.new_empty(0) if g is None else g / pairs for g in found)
+        total, of_student, of_teacher = relation_mae_sweep(
+            *sides, Sweep.TRIANGLE, 0, want_student=want_student, want_teacher=want_teacher
+        )
+        *grads, of_weights = [*_finish(of_student, weights), *_finish(of_teacher, weights)]
+        return (total / pairs).to(weights.dtype), *(g / pairs for g in (*grads, -of_weights))
     x, z = student.to(weights.dtype), teacher.to(weights.dtype)
     alone = Relation(x, x, student_weight, [x.shape[1]], "cosine")
     if metric == "mae":
@@ -67,7 +75,7 @@ def forward_op(
     return (total / pairs).to(weights.dtype), *(g / pairs for g in grads)
 
 
-def _finish(gradient: RelationGradient | None, like: Tensor) -> list[Tensor]:
+def _finish(gradient: "RelationGradient | OperandGradient | None", like: Tensor) -> list[Tensor]:
     if gradient is None:
         return [like.new_empty(0), like.new_empty(0)]
     rows, _, of_weights = gradient.finish()

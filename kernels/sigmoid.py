@@ -3,18 +3,20 @@
     z_ij = logit_scale image_i . text_j + logit_bias
     loss = sum_ij softplus(-y_ij z_ij) / N,  y_ij = 1 for pairs of equal pair_id, else -1
 
-Loss and gradients come out of one pass over the tiles; the backward only multiplies. Differentiable once.
+Loss and gradients come out of one pass over the tiles; the backward only multiplies. Three ops, each with a fake and
+the next as its gradient: forward, backward, double backward. The last one runs the PyTorch tiles, also for `triton`. A
+third derivative is refused by autograd.
 """
 
 import torch
 from torch import Tensor
 
 from . import chunked_sigmoid as tiles
+from . import chunked_sigmoid_double as double_tiles
 from . import reference
 from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
 from .chunked import full_precision, tile_operands
 from .chunked_contrastive import Positives
-from .once import scale_saved
 
 
 @torch.library.custom_op("vlscale::sigmoid_forward", mutates_args=())
@@ -56,16 +58,92 @@ def _(image, text, scale, bias, pair_id, want, impl):
     )
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output[1:])
+@torch.library.custom_op("vlscale::sigmoid_backward", mutates_args=())
+@full_precision
+def backward_op(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pair_id: Tensor | None,
+    made: list[Tensor],
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of image, text, scale and bias from those `made` for a unit cotangent; empty where not wanted. It takes
+    the inputs along since its own gradient depends on them."""
+    found = zip(made, (image, text, scale, bias), want, strict=True)
+    return tuple((g * grad).to(like.dtype) if wanted else like.new_empty(0) for g, like, wanted in found)
+
+
+@backward_op.register_fake
+def _(grad, image, text, scale, bias, pair_id, made, want):
+    found = zip(made, (image, text, scale, bias), want, strict=True)
+    return tuple(torch.empty_like(g, dtype=like.dtype) if wanted else like.new_empty(0) for g, like, wanted in found)
+
+
+@torch.library.custom_op("vlscale::sigmoid_double_backward", mutates_args=())
+@full_precision
+def double_backward_op(
+    u: Tensor,
+    v: Tensor,
+    w: Tensor,
+    t: Tensor,
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pair_id: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of grad, image, text, scale and bias, from the cotangents u, v, w, t of the four gradients."""
+    x, y, u, v = (rows.to(scale.dtype).contiguous() for rows in (image, text, u, v))
+    xb, yb, sums = double_tiles.sigmoid_double_sweep(x, y, u, v, scale, bias, w, t, Positives(pair_id, pair_id, 0))
+    mean = grad / len(x)
+    of_scale, of_bias, along = (sums / len(x)).unbind()
+    return (
+        along.to(grad.dtype),
+        xb.mul_(mean).to(image.dtype),
+        yb.mul_(mean).to(text.dtype),
+        (of_scale * grad).to(scale.dtype),
+        (of_bias * grad).to(bias.dtype),
+    )
+
+
+@double_backward_op.register_fake
+def _(u, v, w, t, grad, image, text, scale, bias, pair_id):
+    like = {"memory_format": torch.contiguous_format}
+    rows = torch.empty_like(image, **like), torch.empty_like(text, **like)
+    return torch.empty_like(grad), *rows, torch.empty_like(scale), torch.empty_like(bias)
+
+
+def _save_forward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output[1:])
 
 
 def _backward(ctx, grad, *_):
-    inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), None, None, None
+    inputs, made = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    needed = list(ctx.needs_input_grad[:4])
+    grads = backward_op(grad, *inputs, list(made), needed)
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None, None
 
 
-forward_op.register_autograd(_backward, setup_context=_save)
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.wanted = inputs[7]
+
+
+def _double_backward(ctx, *cotangents):
+    saved = ctx.saved_tensors
+    found = zip(cotangents, saved[1:5], ctx.wanted, strict=True)
+    cotangents = [given if wanted else torch.zeros_like(like) for given, like, wanted in found]
+    grads = double_backward_op(*cotangents, *saved)
+    needed = ctx.needs_input_grad[:5]
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, [None] * 4, None
+
+
+forward_op.register_autograd(_backward, setup_context=_save_forward)
+backward_op.register_autograd(_double_backward, setup_context=_save_backward)
 
 
 def sigmoid_loss(
@@ -80,7 +158,7 @@ def sigmoid_loss(
     """Sum over all pairs of the logistic loss, divided by N, 0-d.
 
     image_emb, text_emb (N, D), used as given; z = logit_scale * product + logit_bias; pair_id (N,) int64 makes equal
-    ids positives. Differentiable once in every float argument, in O(N) memory (`reference`: any order, O(N^2)).
+    ids positives. Differentiable twice in every float argument, in O(N) memory (`reference`: any order, O(N^2)).
     """
     check_embeddings("image_emb", image_emb)
     check_embeddings("text_emb", text_emb)

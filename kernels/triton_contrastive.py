@@ -4,9 +4,10 @@ Forward: one product and one exponential an element; a program owns a row tile a
 rows' sums in registers and writes its columns' sums to partial[row tile, N], which are added in fixed order: no
 atomics, bitwise repeatable. Rows go in waves, so that the partial sums stay small. 2 N^2 D operations, 8 N^2 D in all.
 
-Backward by G-waves: a block of G = P_row + P_col (positives 0) is recomputed and stored in float32 or float16, then
-two ordinary products take it to dx and dy in float32. A lone positive's -(off_i/r_i + off_j/q_j) is added apart in
-float32: in bfloat16 it would be the largest error. With ids, G holds the positives and is float32.
+Backward of narrow embeddings: triton_contrastive_fused. Of wide ones by G-waves: a block of G = P_row + P_col
+(positives 0) is recomputed and stored in float32 or float16, then two ordinary products take it to dx and dy in
+float32. A lone positive's -(off_i/r_i + off_j/q_j) is added apart in float32: in bfloat16 it would be the largest
+error. With ids, G holds the positives and is float32.
 
 The fixed reference is checked on the device. Where a sum is unsound a flag is set, and the kernels compiled for vector
 references, which are always launched and return at once while it is clear, do the work instead: nothing waits.
@@ -21,7 +22,18 @@ from torch import Tensor
 
 from .chunked import SUM_BITS, fixed_reference, spans
 from .chunked_contrastive import Positives, Weights, contrastive_bound
-from .triton_tiles import Centred, Config, Work, choose_config, product_tile, same_pair, store_weights, stored_dtype
+from .triton_contrastive_fused import fused_gradients
+from .triton_tiles import (
+    Centred,
+    Config,
+    Work,
+    choose_config,
+    fused_config,
+    product_tile,
+    same_pair,
+    store_weights,
+    stored_dtype,
+)
 
 
 @triton.jit
@@ -264,8 +276,41 @@ def contrastive_gradients(
     """(G y (b, D) complete, G^T x (N, D) and <G, S> partial over these rows), float32.
 
     `weights` hold vector references; with a clear `flag` all their entries are the one constant. <G, S> is summed where
-    G is still float32: from a float16 G, as <G y, x>, it is percents wrong on cone-shaped embeddings.
+    G is still float32: from a float16 G, as <G y, x>, it is percents wrong on cone-shaped embeddings. Narrow embeddings
+    with one positive each are served by the fused kernel, unless `config` asks for waves of its sizes.
     """
+    positives, dtype = weights.positives, scale.dtype
+    has_ids = positives.row_ids is not None
+    narrow = config is None and not has_ids and fused_config(x) is not None
+    want = {"want_x": want_x, "want_y": want_y}
+    if narrow and (want_x or want_y):
+        dx, dy, along = fused_gradients(x, y, scale, weights, flag, **want)
+    else:
+        dx, dy, along = _gradients_by_waves(x, y, scale, weights, flag, config, **want)
+    if not has_ids:
+        mine = slice(positives.offset, positives.offset + len(x))
+        miss = (weights.row_miss + weights.col_miss[mine])[:, None]
+        own = scale * (x.to(dtype) * y[mine].to(dtype)).sum(1)
+        along -= (own * miss[:, 0]).sum(dtype=torch.float64)
+        if want_x:
+            dx.addcmul_(y[mine].to(dtype), miss, value=-1)
+        if want_y:
+            dy[mine].addcmul_(x.to(dtype), miss, value=-1)
+    return dx, dy, along
+
+
+def _gradients_by_waves(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    weights: Weights,
+    flag: Tensor,
+    config: Config | None,
+    *,
+    want_x: bool,
+    want_y: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """contrastive_gradients, but for lone positives' terms."""
     positives, dtype = weights.positives, scale.dtype
     row_ids, col_ids, has_ids = _ids(positives)
     tiles = {
@@ -301,13 +346,4 @@ def contrastive_gradients(
                 dx[slice(*i)] += right.weighted(g, slice(*j), row_totals)
             if want_y:
                 dy[slice(*j)] += left.weighted(g.T, slice(*i), col_totals)
-    if not has_ids:
-        mine = slice(positives.offset, positives.offset + len(x))
-        miss = (weights.row_miss + weights.col_miss[mine])[:, None]
-        own = scale * (x.to(dtype) * y[mine].to(dtype)).sum(1)
-        along -= (own * miss[:, 0]).sum(dtype=torch.float64)
-        if want_x:
-            dx.addcmul_(y[mine].to(dtype), miss, value=-1)
-        if want_y:
-            dy[mine].addcmul_(x.to(dtype), miss, value=-1)
     return dx, dy, along

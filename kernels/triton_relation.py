@@ -88,6 +88,12 @@ def _squared_norms(emb: Tensor, widths: list[int], dtype: torch.dtype) -> Tensor
     return torch.stack([part.to(dtype).square().sum(1) for part in emb.split(widths, 1)], 1)
 
 
+def sizes(student: Operand, teacher: Operand, offset: int | None) -> tuple[int, int, int, int, int]:
+    """(offset, b, n, D, F); blocks without a common row get an offset that no column reaches."""
+    b, n = len(student.rows), len(student.columns)
+    return n if offset is None else offset, b, n, student.rows.shape[1], teacher.rows.shape[1]
+
+
 def waves(sweep: Sweep, rows: int, columns: int, height: int, width: int) -> Iterator[Tile]:
     """The sweep cut into blocks of at most height x max(height, width)."""
     for i in spans(0, rows, height):

@@ -19,7 +19,7 @@ from torch import Tensor
 from .chunked import SUM_BITS, fixed_reference, spans
 from .chunked_relation import Sweep, Tile
 from .chunked_relation_kl import REACH, SUMS, References
-from .triton_relation import Operand, OperandGradient, relation_tile, segment_tile, waves
+from .triton_relation import Operand, OperandGradient, relation_tile, segment_tile, sizes, waves
 from .triton_tiles import Config, Work, choose_config, store_weights
 
 
@@ -236,12 +236,6 @@ def relation_weights_kernel(
             store_weights(teacher_ptr, h_t, rows - row_start, columns - column_start, stride_h, inside)
 
 
-def _sizes(student: Operand, teacher: Operand, offset: int | None) -> tuple[int, int, int, int, int]:
-    """(offset, b, n, D, F); blocks without a common row get an offset that no column reaches."""
-    b, n = len(student.rows), len(student.columns)
-    return n if offset is None else offset, b, n, student.rows.shape[1], teacher.rows.shape[1]
-
-
 def _constants(student: Operand, teacher: Operand, config: Config) -> dict:
     return {"K": len(teacher.weights), "EUCLIDEAN": student.kind == "euclidean", **config.launch()}
 
@@ -261,14 +255,14 @@ def relation_maxima(
     """Row maxima of both logits without own pairs, (b,) each; only while `run` is set, where it is given."""
     config = config or _config(student, teacher)
     run = _always(student.weights) if run is None else run
-    sizes = _sizes(student, teacher, offset)
-    b, n = sizes[1:3]
+    extent = sizes(student, teacher, offset)
+    b, n = extent[1:3]
     maxima = student.weights.new_zeros(2, b)
     for i in spans(0, b, config.wave_rows):
         grid = triton.cdiv(i[1] - i[0], config.block_m), min(config.splits, triton.cdiv(n, config.block_n))
         out = maxima.new_full((2, grid[1], grid[0] * config.block_m), -torch.inf)
         relation_maxima_kernel[grid](
-            run, *student.pointers(), *teacher.pointers(), out, i[0], *sizes, **_constants(student, teacher, config)
+            run, *student.pointers(), *teacher.pointers(), out, i[0], *extent, **_constants(student, teacher, config)
         )
         maxima[:, slice(*i)] = out.amax(1)[:, : i[1] - i[0]]
     return maxima[0], maxima[1]
@@ -286,8 +280,8 @@ def relation_kl_statistics(
     """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep; only while `run` is set, if given."""
     config = config or _config(student, teacher, plain=references.shared)
     run = _always(student.weights) if run is None else run
-    sizes = _sizes(student, teacher, offset)
-    b, n = sizes[1:3]
+    extent = sizes(student, teacher, offset)
+    b, n = extent[1:3]
     sums = student.weights.new_zeros(SUMS, b)
     columns = sums.new_zeros(SUMS, n) if sweep is Sweep.PAIR else None
     for i in spans(0, b, config.wave_rows):
@@ -298,7 +292,7 @@ def relation_kl_statistics(
         column_out = sums.new_zeros(SUMS, grid[0], 1 if sweep is Sweep.ROWS else n)
         relation_statistics_kernel[grid](
             run, *student.pointers(), *teacher.pointers(), references.student, references.teacher, row_out, column_out,
-            i[0], first, mirror_from, *sizes, SHARED=references.shared, **_constants(student, teacher, config),
+            i[0], first, mirror_from, *extent, SHARED=references.shared, **_constants(student, teacher, config),
         )  # fmt: skip
         sums[:, slice(*i)] += row_out.sum(1)[:, : i[1] - i[0]]
         if sweep is not Sweep.ROWS:
@@ -356,17 +350,18 @@ def relation_kl_gradients(
     Coefficients (5, b) and (5, n) are finished ones; `launches` stand in for `references` where the device decides.
     """
     launches = launches or [(references, _always(student.weights))]
+    coefficients, column_coefficients = coefficients.contiguous(), column_coefficients.contiguous()
     waved = config or _config(student, teacher)
-    sizes, dtype = _sizes(student, teacher, offset), student.weights.dtype
+    extent, dtype = sizes(student, teacher, offset), student.weights.dtype
     stored, euclidean = student.stored_dtype(), student.kind == "euclidean"
     gradient = OperandGradient(student, sweep, stored) if want_student else None
     teacher_gradient = OperandGradient(teacher, sweep, dtype) if want_teacher else None
     segments = len(teacher.weights)
     planes = segments if euclidean and want_teacher else 1
-    height, width = min(sizes[1], waved.wave_rows), min(sizes[2], max(1, waved.wave_columns // planes))
+    height, width = min(extent[1], waved.wave_rows), min(extent[2], max(1, waved.wave_columns // planes))
     block = torch.empty(1, height, max(height, width), dtype=stored, device=coefficients.device)
     teacher_block = block.new_empty(planes, *block.shape[1:], dtype=dtype) if want_teacher else None
-    for place in waves(sweep, *sizes[1:3], height, width):
+    for place in waves(sweep, *extent[1:3], height, width):
         sums, teacher_sums = [], []
         for refs, run in launches:
             tile = config or _config(student, teacher, plain=refs.shared and not want_teacher)
@@ -378,7 +373,7 @@ def relation_kl_gradients(
             relation_weights_kernel[grid](
                 run, *student.pointers(), *teacher.pointers(), refs.student, refs.teacher, refs.student_columns,
                 refs.teacher_columns, coefficients, column_coefficients, block, by_row, by_column,
-                teacher_block, teacher_rows, teacher_columns, *place.rows, *place.columns, *sizes, block.stride(1),
+                teacher_block, teacher_rows, teacher_columns, *place.rows, *place.columns, *extent, block.stride(1),
                 block.stride(0), SHARED=refs.shared, TEACHER=want_teacher, **_constants(student, teacher, tile),
             )  # fmt: skip
             sums.append((by_row, by_column))

@@ -1,8 +1,9 @@
-"""Mean absolute difference of relations in Triton: loss and gradients in one pass over the triangle.
+"""Mean absolute difference of relations in Triton: loss and gradients in one pass, of any of the three sweeps.
 
-sign(s - t) is known where the difference is made, so a block of H = 2 sign(s - t) (exact in float16) is stored by
-waves and ordinary products take it to dX, both sides of a block: N^2 (D_s + D_t) operations and 2 N^2 D_s, plus the
-diagonal squares' second halves.
+The teacher's weights are given negated, so the difference s - t is the sum of the two sides' logits. Its sign is known
+where it is made, so a block of H = 2 sign(s - t) (exact in float16) is stored by waves and ordinary products take it to
+dX; over a triangle both sides of a block: N^2 (D_s + D_t) operations and 2 N^2 D_s, plus the diagonal squares' second
+halves.
 """
 
 import torch
@@ -11,31 +12,31 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked_relation import Sweep
-from .triton_relation import Operand, OperandGradient, relation_tile, waves
+from .triton_relation import Operand, OperandGradient, relation_tile, sizes, waves
 from .triton_tiles import Config, Work, choose_config, store_weights
 
 
 @triton.jit
 def relation_mae_kernel(
-    x_ptr, xw_ptr, x_starts_ptr, z_ptr, zw_ptr, z_starts_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
-    row_start, row_end, column_start, column_end, D, F, stride_h,
+    x_ptr, xc_ptr, xw_ptr, x_starts_ptr, z_ptr, zc_ptr, zw_ptr, z_starts_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
+    row_start, row_end, column_start, column_end, offset, D, F, stride_h,
     K: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of H; row_sums (|s - t|, sum H, <H, S>; column tiles; rows), column_sums (row tiles, columns)."""
+    """One block of H; row_sums (|difference|, sum H, <H, S>; column tiles; rows), column_sums (row tiles, columns)."""
     first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     inside = row_ok[:, None] & column_ok[None, :]
     s = relation_tile(
-        x_ptr, x_ptr, None, None, xw_ptr, x_starts_ptr, first_row, first_column, row_end, column_end, D,
+        x_ptr, xc_ptr, None, None, xw_ptr, x_starts_ptr, first_row, first_column, row_end, column_end, D,
         1, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     t = relation_tile(
-        z_ptr, z_ptr, None, None, zw_ptr, z_starts_ptr, first_row, first_column, row_end, column_end, F,
+        z_ptr, zc_ptr, None, None, zw_ptr, z_starts_ptr, first_row, first_column, row_end, column_end, F,
         K, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    difference = tl.where(inside & (rows[:, None] != columns[None, :]), s - t, 0.0)
+    difference = tl.where(inside & ((rows + offset)[:, None] != columns[None, :]), s + t, 0.0)
     height = row_end - row_start
     out = row_sums_ptr + tl.program_id(1).to(tl.int64) * height + rows - row_start
     plane = tl.num_programs(1).to(tl.int64) * height
@@ -49,39 +50,46 @@ def relation_mae_kernel(
         tl.store(column_sums_ptr + by_column, tl.sum(h, 0), mask=column_ok)
 
 
-def relation_mae(
-    student: Operand, teacher: Operand, *, want_student: bool, want_teacher: bool, config: Config | None = None
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(sum over i != j of |s - t|, its gradients of student, its weight, teacher, weights; None where not wanted)."""
+def relation_mae_sweep(
+    student: Operand,
+    negated: Operand,
+    sweep: Sweep,
+    offset: int | None,
+    *,
+    want_student: bool,
+    want_teacher: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, OperandGradient | None, OperandGradient | None]:
+    """(sum |s - t| partial over these tiles, its gradients in both sides; None where not wanted).
+
+    `negated` is the teacher with its weights negated, and so is its weights' gradient. A sum over ordered pairs i != j,
+    except that a pair sweep counts each of its unordered pairs once for both orders.
+    """
     config = config or choose_config(student.rows, Work.DOUBLE)
-    n = len(student.rows)
-    wanted = want_student, want_teacher
-    stored = student.stored_dtype()
-    sides = [
-        OperandGradient(operand, Sweep.TRIANGLE, stored) if want else None
-        for operand, want in zip((student, teacher), wanted, strict=True)
+    offset, b, n, width_s, width_t = sizes(student, negated, offset)
+    stored, wanted = student.stored_dtype(), (want_student, want_teacher)
+    gradients = [
+        OperandGradient(operand, sweep, stored) if want else None
+        for operand, want in zip((student, negated), wanted, strict=True)
     ]
-    height, width = min(n, config.wave_rows), min(n, config.wave_columns)
+    height, width = min(b, config.wave_rows), min(n, config.wave_columns)
     shape = (1, height, max(height, width)) if any(wanted) else (1, 1, 1)
     block = torch.empty(shape, dtype=stored, device=student.rows.device)
     total = torch.zeros((), dtype=torch.float64, device=student.rows.device)
-    for place in waves(Sweep.TRIANGLE, n, n, height, width):
+    for place in waves(sweep, b, n, height, width):
         grid = triton.cdiv(place.shape[0], config.block_m), triton.cdiv(place.shape[1], config.block_n)
         by_row = student.weights.new_zeros(3, grid[1], place.shape[0])
         by_column = by_row.new_zeros(grid[0], place.shape[1])
         relation_mae_kernel[grid](
-            student.rows, student.weights, student.starts, teacher.rows, teacher.weights, teacher.starts, block,
-            by_row, by_column, *place.rows, *place.columns, student.rows.shape[1], teacher.rows.shape[1],
-            block.stride(1), K=len(teacher.weights), GRADIENT=any(wanted), **config.launch(),
+            student.rows, student.columns, student.weights, student.starts, negated.rows, negated.columns,
+            negated.weights, negated.starts, block, by_row, by_column, *place.rows, *place.columns, offset, width_s,
+            width_t, block.stride(1), K=len(negated.weights), GRADIENT=any(wanted), **config.launch(),
         )  # fmt: skip
         total += by_row[0].sum(dtype=torch.float64) * (2 if place.mirrored else 1)
         h = block[:, : place.shape[0], : place.shape[1]]
-        for side in sides:
-            if side is not None:
-                side.add(h, place, by_row[1].sum(0)[None], by_column.sum(0)[None])
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.add(h, place, by_row[1].sum(0)[None], by_column.sum(0)[None])
         if want_student:
-            sides[0].add_along(by_row[2].sum(dtype=torch.float64) / student.weights, place)
-    grads: list[Tensor | None] = []
-    for side, sign in zip(sides, (1, -1), strict=True):  # t stands in s - t with a minus
-        grads += [None, None] if side is None else [g.mul_(sign) for g in side.finish()[::2]]
-    return total, grads
+            gradients[0].add_along(by_row[2].sum(dtype=torch.float64) / student.weights, place)
+    return total, *gradients

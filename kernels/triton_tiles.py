@@ -81,6 +81,43 @@ def config_for(dtype: torch.dtype, capability: int, work: Work) -> Config:
     return BF16[smaller.get(work, work)]
 
 
+# Rows' gradients in registers, by the features they hold (block_k) and by the major compute capability; the largest
+# that do not spill.
+FUSED = {
+    8: {
+        64: Config(block_m=64, block_n=64, block_k=64, warps=4),
+        128: Config(block_m=64, block_n=64, block_k=128, stages=2),
+        256: Config(block_m=64, block_n=32, block_k=256, stages=2),
+    },
+    9: {
+        64: Config(block_n=128, block_k=64),
+        128: Config(block_n=64, block_k=128),
+        256: Config(block_n=32, block_k=256, stages=2),
+    },
+    10: {
+        64: Config(block_n=64, block_k=64),
+        128: Config(block_n=64, block_k=128),
+        256: Config(block_m=64, block_n=64, block_k=256, stages=2),
+    },
+}
+FUSED_INTERPRETED = replace(INTERPRETED, block_n=32)
+
+
+def fused_config(x: Tensor) -> Config | None:
+    """Tile sizes of the fused contrastive gradient, None where its waves serve embeddings like x (N, D).
+
+    float32 has no tensor cores to pay for computing the logits again. The interpreter fuses up to 32 features, so that
+    the tests' sizes take both ways.
+    """
+    features = triton.next_power_of_2(x.shape[1])
+    if x.dtype != torch.bfloat16:
+        return None
+    if x.device.type == "cpu":
+        return replace(FUSED_INTERPRETED, block_k=max(16, features)) if features <= 32 else None
+    capability = torch.cuda.get_device_capability(x.device)[0]
+    return FUSED[min(10, max(8, capability))].get(max(64, features))
+
+
 def stored_dtype(x: Tensor, dtype: torch.dtype, *, has_ids: bool = False) -> torch.dtype:
     """How a block of gradient weights for embeddings like x is kept: float16 for bfloat16 ones, else `dtype`.
 
@@ -114,6 +151,12 @@ class Centred:
             product = torch.mm(g, self.emb[rows], out_dtype=torch.float32)
         else:
             product = g.float() @ self.emb[rows].float()
+        return self.finished(product, totals)
+
+    def finished(self, product: Tensor, totals: Tensor) -> Tensor:
+        """A float32 product of stored weights with `emb`, as the product with the embeddings as they were given."""
+        if not self.narrow:
+            return product
         return (product * (self.reach / STORED_SCALE.value)).addcmul_(totals[:, None], self.mean)
 
 

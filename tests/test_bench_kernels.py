@@ -284,7 +284,7 @@ def test_gpu_all_reports_parts_that_fail_and_goes_on(tmp_path):
     done = subprocess.run(command, env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True)
     assert done.returncode == 1
     summary = (out / "summary.txt").read_text()
-    parts = ("tests", "errors", "times", "times_rest", "pictures", "memcheck")
+    parts = ("tests", "errors", "times", "times_narrow", "times_rest", "pictures", "memcheck")
     assert [line.split()[:3] for line in summary.splitlines()[2:]] == [[part, "failed", "(3)"] for part in parts]
     assert len((tmp_path / "python.calls").read_text().splitlines()) >= len(parts)
     assert summary in done.stdout

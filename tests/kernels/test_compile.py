@@ -51,6 +51,10 @@ def contrastive_arguments():
     return torch.ones_like(loss), leaf(X), leaf(Y), leaf(9.0), None, statistics
 
 
+def sigmoid_arguments():
+    return torch.tensor(1.0), leaf(X), leaf(Y), leaf(9.0), leaf(-5.0), IDS
+
+
 OPS = {
     "contrastive_forward": lambda: (contrastive.forward_op, (leaf(X), leaf(Y), leaf(9.0), IDS, "chunked")),
     "contrastive_backward": lambda: (contrastive.backward_op, (*contrastive_arguments(), "chunked", True, False)),
@@ -61,6 +65,14 @@ OPS = {
     "sigmoid_forward": lambda: (
         sigmoid.forward_op,
         (leaf(X), leaf(Y), leaf(9.0), leaf(-5.0), None, [True, False, True, False], "chunked"),
+    ),
+    "sigmoid_backward": lambda: (
+        sigmoid.backward_op,
+        (*sigmoid_arguments(), [X, Y, torch.ones(()), torch.ones(())], [True, False, True, False]),
+    ),
+    "sigmoid_double_backward": lambda: (
+        sigmoid.double_backward_op,
+        (X, Y, torch.tensor(1.0), torch.tensor(0.5), *(a.detach() for a in sigmoid_arguments()[:-1]), IDS),
     ),
     "relation_kl_forward": lambda: (
         relation_kl.forward_op,

@@ -13,7 +13,13 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "compile_table.csv"
 TABLES = sorted(TABLE.parent.glob("compile_table*.csv"))  # others are of other Tritons, for some architectures
-HOT = ("statistics_kernel", "weights_kernel", "relation_statistics_kernel", "relation_weights_kernel")
+HOT = (
+    "statistics_kernel",
+    "weights_kernel",
+    "fused_gradient_kernel",
+    "relation_statistics_kernel",
+    "relation_weights_kernel",
+)
 KEYS = ("kernel", "variant", "dtype", "arch", "tile", "warps")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 # One of each family and each architecture; the whole table is `python benchmarks/kernels_compile.py --write`.
@@ -54,11 +60,13 @@ def test_every_row_is_sound(table):
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.stem)
 def test_the_kernels_that_carry_a_step_do_not_spill_on_hopper(table):
+    """Tiles are chosen by the main table; another Triton may spill a few registers once a tile."""
+    most = 0 if table == TABLE else 32
     for row in rows_of(table):
         hot = row["kernel"] in HOT
-        plain = row["variant"] in ("shared", "1 teacher, shared")
+        plain = row["variant"] in ("shared", "1 teacher, shared") or row["variant"].endswith("features, shared")
         if row["arch"] == "sm_90" and row["dtype"] == "bf16" and hot and plain:
-            assert int(row["spill_bytes"]) == 0, row
+            assert int(row["spill_bytes"]) <= most, row
 
 
 def test_table_lists_every_configuration_and_what_is_compiled_agrees(committed):

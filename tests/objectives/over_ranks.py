@@ -89,6 +89,18 @@ TRITON = [
     for comm in ("gather", "ring")
     for ids in (False, True)
 ]
+TRITON += [
+    Case(objective, comm, dtype=torch.float32, spread=spread, impl="triton", settings=RELATIONS[which][1])
+    for objective, which, comm, spread in (
+        ("relation_kl", 0, "gather", 1.0),
+        ("relation_kl", 0, "half_ring", 1.0),
+        ("relation_kl", 0, "half_ring", 6.0),
+        ("relation_kl", 1, "half_ring", 1.0),
+        ("relation_kl", 2, "ring", 1.0),
+        ("relation_match", 3, "ring", 1.0),
+        ("relation_match", 3, "half_ring", 1.0),
+    )
+]
 
 
 class Small(nn.Module):
@@ -172,6 +184,7 @@ META = [
     (Case("contrastive", ids=ids, impl=impl), Case("relation_kl", comm))
     for ids, comm, impl in ((False, "gather", "chunked"), (True, "half_ring", "chunked"), (True, "ring", "reference"))
 ]
+META += [(Case("sigmoid", ids=ids), Case("relation_kl")) for ids in (False, True)]
 
 
 def meetings(way, rows: int, ranks: Ranks) -> torch.Tensor:
@@ -248,6 +261,7 @@ def refusals(ranks: Ranks) -> dict[str, str]:
         "everyone": lambda: sharded_contrastive_loss(rows, rows, 10.0, ranks=ranks, comm="torus"),
         "ring twice": lambda: derivative(rows, 2, ranks, "ring"),
         "third": lambda: derivative(rows, 3, ranks, "gather"),
+        "sigmoid in a ring twice": lambda: derivative(rows, 2, ranks, "ring", sigmoid=True),
     }
     found = {}
     for name, attempt in attempts.items():
@@ -264,8 +278,9 @@ def relation(rows: torch.Tensor, ranks: Ranks, teacher: torch.Tensor | None = No
     return sharded_relation_kl_loss(rows, rows.detach() ** 2 if teacher is None else teacher, ranks=ranks, **settings)
 
 
-def derivative(rows: torch.Tensor, order: int, ranks: Ranks, comm: str) -> None:
-    value = sharded_contrastive_loss(rows, rows.detach() ** 2, 10.0, ranks=ranks, comm=comm)
+def derivative(rows: torch.Tensor, order: int, ranks: Ranks, comm: str, sigmoid: bool = False) -> None:
+    loss, scalars = (sharded_sigmoid_loss, (10.0, -3.0)) if sigmoid else (sharded_contrastive_loss, (10.0,))
+    value = loss(rows, rows.detach() ** 2, *scalars, ranks=ranks, comm=comm)
     for _ in range(order - 1):
         value = torch.autograd.grad(value, rows, create_graph=True)[0].square().sum()
     value.backward()

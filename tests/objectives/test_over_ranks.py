@@ -179,6 +179,7 @@ def test_every_rank_hears_what_is_wrong(found, size):
         assert "rank 0 has 4, rank 1 has 5" in each["uneven"]
         assert "comm: expected one of auto, gather, ring, half_ring, got 'torus'" in each["everyone"]
         assert each["ring twice"].startswith("ValueError") and "engine.comm=gather" in each["ring twice"]
+        assert "engine.comm=gather" in each["sigmoid in a ring twice"]
         assert each["third"].startswith("RuntimeError")
         assert "row cosine gather" in each["unlike"] and "rank 1 has width 8" in each["unlike"]
     assert [each["empty"].startswith("ValueError: image_emb: expected at least one row") for each in told[:2]] == [0, 1]

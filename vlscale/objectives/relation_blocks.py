@@ -1,16 +1,24 @@
 """Relations of this rank's rows with one block of columns: how `Block` maps onto the kernels' sweeps.
 
 Legend: b rows of this rank, n columns of a block, K teachers, F features of all segments.
+
+The sweeps of both implementations take the same arguments, but for the two sides: a `Relation` each for PyTorch's, an
+`Operand` each for Triton's, which keeps bfloat16 as it is.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vlscale.distributed import Block, Blocks
 from vlscale.kernels import primitives as p
+
+if TYPE_CHECKING:
+    from vlscale.kernels.triton_relation import Operand, OperandGradient
 
 
 def describe_relation(student: Tensor, teachers: Sequence[Tensor]) -> list[str]:
@@ -27,6 +35,20 @@ def join_teachers(teachers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([teacher.to(kind) for teacher in teachers], 1)
 
 
+def on_triton(impl: str, dtype: torch.dtype) -> bool:
+    """Whether Triton's sweeps serve this compute dtype; float64 is the blockwise PyTorch form's on every impl."""
+    return impl == "triton" and dtype == torch.float32
+
+
+def kl_sweeps(triton: bool) -> ModuleType:
+    """Where relation_maxima, relation_kl_statistics and relation_kl_gradients of these sides are."""
+    if not triton:
+        return p
+    from vlscale.kernels import triton_relation_kl
+
+    return triton_relation_kl
+
+
 @dataclass(frozen=True)
 class Side:
     """One side's embeddings: this rank's rows (b, F), weights (K,) in the compute dtype, segment widths."""
@@ -35,18 +57,25 @@ class Side:
     weights: Tensor
     widths: list[int]
     kind: str
+    triton: bool
 
-    def alone(self) -> p.Relation:
+    def alone(self) -> "p.Relation | Operand":
         """Against this rank's own rows."""
-        rows = self.rows.to(self.weights.dtype)
-        return p.Relation(rows, rows, self.weights, self.widths, self.kind)
+        return self._relation(self.rows, self.rows)
 
-    def against(self, columns: Tensor, block: Block) -> p.Relation:
+    def against(self, columns: Tensor, block: Block) -> "p.Relation | Operand":
         """The block's rows against its columns (n, F), which came as they travelled."""
-        dtype = self.weights.dtype
-        rows = self.rows[block.rows].to(dtype)
-        columns = rows if block.role == "triangle" else columns.to(dtype)
-        return p.Relation(rows, columns, self.weights, self.widths, self.kind)
+        rows = self.rows[block.rows]
+        return self._relation(rows, rows if block.role == "triangle" else columns)
+
+    def _relation(self, rows: Tensor, columns: Tensor) -> "p.Relation | Operand":
+        if self.triton:
+            from vlscale.kernels.triton_relation import Operand
+
+            return Operand.of(rows, columns, self.weights, self.widths, self.kind)
+        wide = rows.to(self.weights.dtype)
+        columns = wide if columns is rows else columns.to(wide.dtype)
+        return p.Relation(wide, columns, self.weights, self.widths, self.kind)
 
 
 class Collected:
@@ -56,7 +85,7 @@ class Collected:
         self.rows = side.weights.new_zeros(side.rows.shape)
         self.weights = torch.zeros_like(side.weights)
 
-    def add(self, gradient: p.RelationGradient, block: Block) -> list[Tensor]:
+    def add(self, gradient: "p.RelationGradient | OperandGradient", block: Block) -> list[Tensor]:
         """Returns what belongs to the columns' owner: (n, F), or nothing where they are not served."""
         rows, columns, weights = gradient.finish()
         self.rows[block.rows] += rows

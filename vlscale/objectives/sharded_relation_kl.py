@@ -13,6 +13,7 @@ Matrix scope needs no coefficients of others; a teacher that learns takes 8 more
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -41,7 +42,15 @@ from vlscale.kernels.checks import (
     compute_dtype,
 )
 from vlscale.kernels.chunked import full_precision
-from vlscale.objectives.relation_blocks import Collected, Side, collect, describe_relation, join_teachers
+from vlscale.objectives.relation_blocks import (
+    Collected,
+    Side,
+    collect,
+    describe_relation,
+    join_teachers,
+    kl_sweeps,
+    on_triton,
+)
 from vlscale.objectives.sharded import gathered_bytes, make_blocks
 
 
@@ -54,10 +63,15 @@ class Problem:
     widths: list[int]
     matrix: bool
     kind: str
+    triton: bool
+
+    @property
+    def sweeps(self) -> ModuleType:
+        return kl_sweeps(self.triton)
 
     def sides(self, student: Tensor, student_weight: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Side, Side]:
-        first = Side(student, student_weight, [student.shape[1]], self.kind)
-        return first, Side(teacher, weights, self.widths, self.kind)
+        first = Side(student, student_weight, [student.shape[1]], self.kind, self.triton)
+        return first, Side(teacher, weights, self.widths, self.kind, self.triton)
 
 
 @dataclass(frozen=True)
@@ -85,9 +99,8 @@ def sharded_relation_kl_loss(
     """`relation_kl_loss` of all ranks' rows, 0-d and the same on every rank.
 
     student_emb (b, D) and teacher_embs (b, D_k) are this rank's, b the same on every rank. comm: gather, ring,
-    half_ring or auto (`choose_comm`). Differentiable once. Triton's relation kernels are written for one process's
-    square: over ranks `triton` is the blockwise PyTorch form. impl `reference` gathers everything and is dense and
-    whole on each rank, differentiable any number of times. The guard of the reference is read on the host.
+    half_ring or auto (`choose_comm`). Differentiable once. impl `reference` gathers everything and is dense and whole
+    on each rank, differentiable any number of times. The guard of the reference is read on the host.
     """
     settings = {"scope": scope, "relation": relation}
     if ranks.size == 1:
@@ -113,7 +126,8 @@ def sharded_relation_kl_loss(
         impl = choose_impl(impl, student_emb.device)
         comm = choose_comm(comm, gathered_bytes(ranks, student_emb, *teachers), relation=True)
         widths = [teacher.shape[1] for teacher in teachers]
-        problem = Problem(ranks, make_blocks(comm, ranks), widths, scope == "matrix", relation)
+        blocks, triton = make_blocks(comm, ranks), on_triton(impl, dtype)
+        problem = Problem(ranks, blocks, widths, scope == "matrix", relation, triton)
         operands = student_emb, (1 / student_tau).reshape(1), join_teachers(teachers, dtype), weights / teacher_tau
         details = *describe_relation(student_emb, teachers), scope, relation, comm, impl
         agreement.offer(len(student_emb), details, _bounds(*operands, problem))
@@ -156,7 +170,9 @@ def _sums(
 
     def visit(block):
         student, teacher = (side.against(c, block) for side, c in zip(sides, block.held, strict=True))
-        rows, columns = p.relation_kl_statistics(student, teacher, references, p.Sweep(block.role), block.offset)
+        rows, columns = problem.sweeps.relation_kl_statistics(
+            student, teacher, references, p.Sweep(block.role), block.offset
+        )
         sums[:, block.rows] += rows
         return [] if columns is None else [columns.T.contiguous()]
 
@@ -174,7 +190,7 @@ def _maxima(sides: tuple[Side, Side], held: Sequence[Tensor], problem: Problem) 
 
     def visit(block):
         relations = [side.against(c, block) for side, c in zip(sides, block.held, strict=True)]
-        torch.maximum(maxima, torch.stack(p.relation_maxima(*relations, block.offset)), out=maxima)
+        torch.maximum(maxima, torch.stack(problem.sweeps.relation_maxima(*relations, block.offset)), out=maxima)
         return []
 
     blocks.sweep(held, [], visit)
@@ -236,7 +252,7 @@ def _gradients(
         width = len(student.columns)
         columns = own[:, :1].expand(-1, width) if problem.matrix else block.riding[0].T.contiguous()
         references = refs if refs.shared else p.References(refs.student, refs.teacher, *block.riding[1:])
-        gradients = p.relation_kl_gradients(
+        gradients = problem.sweeps.relation_kl_gradients(
             student,
             teacher,
             references,

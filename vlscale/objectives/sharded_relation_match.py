@@ -9,6 +9,7 @@ wasserstein  sorting needs whole rows, so columns are always gathered, and their
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ from vlscale.kernels.checks import (
     choose_impl,
     compute_dtype,
 )
-from vlscale.objectives.relation_blocks import Collected, Side, collect, describe_relation, join_teachers
+from vlscale.objectives.relation_blocks import (
+    Collected,
+    Side,
+    collect,
+    describe_relation,
+    join_teachers,
+    on_triton,
+)
 from vlscale.objectives.sharded import Computed, gathered_bytes, made_in_forward, make_blocks
 
 
@@ -43,8 +51,9 @@ def sharded_relation_match_loss(
     """`relation_match_loss` of all ranks' rows, 0-d and the same on every rank.
 
     student_emb (b, D) and teacher_embs (b, D_k) are this rank's, b the same on every rank. comm as in
-    `sharded_relation_kl_loss`; mse and wasserstein have one way each. mae and wasserstein are differentiable once. Over
-    ranks `triton` is the blockwise PyTorch form; impl `reference` gathers everything and is dense, whole on each rank.
+    `sharded_relation_kl_loss`; mse and wasserstein have one way each. mae and wasserstein are differentiable once.
+    Triton serves mae, as in `relation_match_loss`; impl `reference` gathers everything and is dense, whole on each
+    rank.
     """
     if ranks.size == 1:
         check_choice("comm", comm, COMMS)
@@ -71,12 +80,14 @@ def sharded_relation_match_loss(
             return _mse(*inputs, widths, ranks)
     recording = torch.is_grad_enabled()
     want = tuple(recording and any(t.requires_grad for t in pair) for pair in (inputs[:2], inputs[2:]))
-    compute = _mae if metric == "mae" else _wasserstein
+    triton = metric == "mae" and on_triton(impl, dtype)
+    compute = _wasserstein if metric == "wasserstein" else _mae_in_triton if triton else _mae
     comm = comm if metric == "mae" else "gather"
 
     def parts():
         student, student_weight, teacher, weights = (t.detach() for t in inputs)
-        sides = Side(student, student_weight, [student.shape[1]], "cosine"), Side(teacher, weights, widths, "cosine")
+        first = Side(student, student_weight, [student.shape[1]], "cosine", triton)
+        sides = first, Side(teacher, weights, widths, "cosine", triton)
         total, gradients = compute(sides, want, comm, ranks)
         n = ranks.size * len(student)
         loss = all_reduce(total, ranks) / (n * (n - 1))
@@ -93,6 +104,7 @@ def _mae(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str, ranks: Ra
         torch.cat([student.weights, -teacher.weights]),
         [*student.widths, *teacher.widths],
         "cosine",
+        False,
     )
     toward = joined if want[1] else student
     collected = [Collected(toward)] if any(want) else []
@@ -109,6 +121,31 @@ def _mae(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str, ranks: Ra
 
     collect(blocks, blocks.hold(student.rows, teacher.rows), [], visit, collected)
     return total, _split(collected, student.rows.shape[1], want)
+
+
+def _mae_in_triton(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str, ranks: Ranks) -> Computed:
+    """s - t is the sum of the two sides' logits, with the teachers' weights negated."""
+    from vlscale.kernels.triton_relation_match import relation_mae_sweep
+
+    student, negated = sides[0], replace(sides[1], weights=-sides[1].weights)
+    collected = [Collected(side) for side, asked in zip((student, negated), want, strict=True) if asked]
+    total = student.weights.new_zeros((), dtype=torch.float64)
+    blocks = make_blocks(comm, ranks)
+
+    def visit(block):
+        pair = (side.against(c, block) for side, c in zip((student, negated), block.held, strict=True))
+        part, *gradients = relation_mae_sweep(
+            *pair, p.Sweep(block.role), block.offset, want_student=want[0], want_teacher=want[1]
+        )
+        total.add_(part)
+        done = [g for g in gradients if g is not None]
+        return [rows for c, g in zip(collected, done, strict=True) for rows in c.add(g, block)]
+
+    collect(blocks, blocks.hold(student.rows, negated.rows), [], visit, collected)
+    found = iter(collected)
+    of_student, of_teacher = (next(found) if asked else None for asked in want)
+    first = [None, None] if of_student is None else [of_student.rows, of_student.weights]
+    return total, [*first, *([None, None] if of_teacher is None else [of_teacher.rows, -of_teacher.weights])]
 
 
 def _split(collected: Sequence[Collected], width: int, want: tuple[bool, bool]) -> list[Tensor | None]:
