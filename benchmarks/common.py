@@ -17,10 +17,15 @@ def today() -> str:
 
 
 def provenance(command: str) -> str:
-    """One sentence for the head of a page."""
-    asked = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    """One sentence for the head of a page. Results that another benchmark has just written make no commit dirty."""
+    commit = _git("describe", "--always") or "unknown"
+    if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"):
+        commit += "-dirty"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
         f"`{command}` at commit {commit}; {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}."
     )
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -1,20 +1,27 @@
 """The stream's speed beside open_clip's own pipeline, webdataset and mosaicml-streaming, on the same pictures.
 
-    vlscale bench data [--out FOLDER] [--pictures 400] [--rounds 3] [--sizes 512x384 1024x768] [--workers 0 1 2]
+    vlscale bench data [--pictures 320] [--rounds 3] [--sizes 512x384 1024x768] [--workers 0 1 2] [--write]
 
 Images a second by picture size, workers, and with or without keeping the stream's state at each batch; the pipelines
 alternate, round by round. With no workers everything is on one core. Then microseconds a sample of reading without
-decoding, and seconds until a batch comes. Writes data.csv and data.md into FOLDER; a peer that is not installed is a
-row that says so.
+decoding, the index of a million samples, and seconds until a batch comes. `--write` keeps data.csv and data.md, dated,
+in benchmarks/results/. A peer that is not installed is a row that says so; into a folder PEERS of their own:
+
+    pip install --target PEERS open_clip_torch mosaicml-streaming pandas
+    pip install --target PEERS --no-deps --upgrade torchvision==0.28.0
+    PYTHONPATH=PEERS vlscale bench data
 """
 
 import argparse
+import contextlib
 import os
 import pickle
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cv2
@@ -56,11 +63,13 @@ def main(argv: list[str] | None = None) -> int:
                     rows += decode_speed(Job(folder, given.pictures, workers, tokenizer), size, given.rounds)
                 os.sched_setaffinity(0, {min(cores)})
                 if size == given.sizes[0]:
-                    rows += reading_speed(folder, given.read) + waiting_times(folder, tokenizer)
+                    rows += reading_speed(folder, given.read) + manifest_speed(folder, given.read, given.indexed)
+                    rows += waiting_times(folder, tokenizer)
     finally:
         os.sched_setaffinity(0, cores)
     command = f"vlscale bench data --pictures {given.pictures} --rounds {given.rounds}"
-    print(write(given.out, "data", "The stream beside other pipelines", provenance(command), rows))
+    about = provenance(command + " --write" * given.write) + f" Pipelines: {', '.join(pipeline_versions())}."
+    print(write(given.out, "data", "The stream beside other pipelines", about, rows, keep=given.write))
     return 0
 
 
@@ -69,11 +78,13 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
         prog="vlscale bench data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench-data"), help="folder of the results")
-    parser.add_argument("--pictures", type=int, default=400, help="of each size")
+    parser.add_argument("--pictures", type=int, default=320, help="of each size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=["512x384", "1024x768"], metavar="WIDTHxHEIGHT")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--read", type=int, default=30_000, help="samples that are read without decoding")
+    parser.add_argument("--indexed", type=int, default=1_000_000, help="samples of the corpus that is indexed")
+    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
     given = parser.parse_args(argv)
     wrong = next((s for s in given.sizes if len(s.split("x")) != 2 or not s.replace("x", "").isdigit()), None)
     if wrong:
@@ -81,6 +92,15 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     if given.pictures < SHARDS * BATCH or given.rounds < 1 or min(given.workers) < 0:
         raise ValueError(f"expected --pictures of at least {SHARDS * BATCH}, --rounds above 0 and --workers from 0")
     return given
+
+
+def pipeline_versions() -> list[str]:
+    packages = ("webdataset", "open_clip_torch", "mosaicml-streaming", "simplejpeg", "opencv-python-headless", "Pillow")
+    found = []
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return found
 
 
 def make_shards(folder: Path, pictures: int, size: tuple[int, int]) -> None:
@@ -162,6 +182,25 @@ def reading_speed(folder: Path, count: int) -> list[Row]:
     ]
 
 
+def manifest_speed(folder: Path, held: int, count: int) -> list[Row]:
+    """Seconds to index a corpus from nothing, and to find it indexed; its shards are links to the one of `held`
+    samples, each of which is indexed by itself."""
+    links = folder / "links"
+    links.mkdir()
+    for number in range(-(-count // held)):
+        os.link(folder / "r-0.tar", links / f"{number:05d}.tar")
+    data, seconds = DataConfig(manifest_dir=str(folder / "made")), []
+    for _ in range(2):
+        start = time.perf_counter()
+        manifest = open_corpus(str(links), data)
+        seconds.append(time.perf_counter() - start)
+    what = f"for a manifest of {manifest.num_samples} samples in {len(manifest.urls)} shards"
+    return [
+        Row(f"seconds {what}, from nothing", "vlscale", seconds[:1]),
+        Row(f"seconds {what}, indexed", "vlscale", seconds[1:]),
+    ]
+
+
 def waiting_times(folder: Path, tokenizer) -> list[Row]:
     """Until the first batch with a manifest, and after a resume; keeping a state; ordering two billion samples."""
     data = DataConfig(train=[str(folder / "p-*.tar")])
@@ -180,14 +219,20 @@ def waiting_times(folder: Path, tokenizer) -> list[Row]:
     for _ in range(100):
         pickle.dumps(state)
     kept = (time.perf_counter() - start) / 100
+    blocks = np.arange(2_000_000)  # of a thousand samples each
     start = time.perf_counter()
-    permute(np.arange(2_000_000), 2_000_000, key=1)  # two billion samples are two million blocks
+    permute(blocks, len(blocks), key=1)
     order = time.perf_counter() - start
+    tracemalloc.start()
+    permute(blocks, len(blocks), key=1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     return [
         Row("seconds to the first batch, with a manifest", "vlscale", [fresh]),
         Row("seconds to the first batch, resumed", "vlscale", [first(state)[0]]),
         Row("microseconds to keep a state", "vlscale", [kept * 1e6]),
         Row("seconds to order 2e9 samples", "vlscale", [order]),
+        Row("megabytes to order 2e9 samples", "vlscale", [most / 1e6]),
     ]
 
 

@@ -1,8 +1,10 @@
 """One key stream for all: every (ranks, workers, prefetch), and resumed at other ranks, on 50,000 pairs.
 
-    vlscale bench stream [--out FOLDER] [--pairs 50000] [--steps 60] [--shards FOLDER]
+    vlscale bench stream [--out FOLDER] [--pairs 50000] [--steps 60] [--shards FOLDER] [--write]
 
-Writes stream.csv and stream.md into FOLDER. `--shards` takes another corpus, such as emoji shards.
+Then the order of a simulated web-scale manifest (100,000 shards, a billion samples) as training goes through it: time
+and memory of it alone. Writes stream.csv and stream.md into FOLDER, and with `--write` dated into benchmarks/results/.
+`--shards` takes another corpus, such as emoji shards.
 """
 
 import argparse
@@ -11,13 +13,15 @@ import itertools
 import logging
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 from common import provenance
 from data_table import Row, write
 
 from vlscale.data.images import ImageSpec
-from vlscale.data.lanes import StreamState, merge_states
+from vlscale.data.lanes import DEFAULT_LANES, LANE_STATE, BlockTable, SourceLane, StreamState, merge_states
 from vlscale.data.stream import TrainStream
 from vlscale.data.synth import make_corpus, synth_config
 from vlscale.data.tokens import train_tokenizer
@@ -75,6 +79,34 @@ def compare(data: DataConfig, tokenizer, steps: int) -> tuple[list[Row], bool]:
     return rows, all(row.status == "ok" for row in rows)
 
 
+def web_scale(batches: int, shards: int = 100_000, each: int = 10_000) -> list[Row]:
+    """The places of `batches` global batches, of all lanes: first their time, then their memory. No shard is opened."""
+
+    def order() -> None:
+        table = BlockTable(np.full(shards, each), DEFAULT_LANES)
+        fresh = np.zeros((), LANE_STATE)
+        lanes = [
+            SourceLane(table, 0, n, lanes=DEFAULT_LANES, window=8, seed=0, state=fresh) for n in range(DEFAULT_LANES)
+        ]
+        for _ in range(batches):
+            for lane in lanes:
+                for _ in range(BATCH // DEFAULT_LANES):
+                    lane.next()
+
+    start = time.perf_counter()
+    order()
+    seconds = time.perf_counter() - start
+    tracemalloc.start()
+    order()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    what = f"order of {shards * each} samples in {shards} shards, {batches} batches of {BATCH}"
+    return [
+        Row(f"megabytes: {what}", "vlscale", [most / 1e6]),
+        Row(f"milliseconds a batch: {what}", "vlscale", [seconds / batches * 1e3]),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 when two of them gave different streams."""
     given = arguments_of(argv)
@@ -89,10 +121,12 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(Row("synthetic pairs made a second", "vlscale", [given.pairs / seconds]))
         data = DataConfig(train=[str(folder)], caption_key=given.caption_key, manifest_dir=str(Path(place) / "indexes"))
         found, same = compare(data, train_tokenizer(["a red circle"], 300, 64), given.steps)
-    command = f"vlscale bench stream --pairs {given.pairs} --steps {given.steps}"
+        rows += web_scale(batches=given.web_batches)
+    command = f"vlscale bench stream --pairs {given.pairs} --steps {given.steps}" + " --write" * given.write
     about = provenance(command + (f" --shards {given.shards.name}" if given.shards else ""))
     verdict = "One stream of keys and pictures in every row." if same else "The rows do NOT give one stream."
-    print(write(given.out, "stream", "One stream for all", f"{about}\n\n{verdict}", rows + found))
+    page = f"{about}\n\n{verdict}"
+    print(write(given.out, "stream", "One stream for all", page, rows + found, keep=given.write))
     return 0 if same else 1
 
 
@@ -105,6 +139,8 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--shards", type=Path, help="a folder of shards in place of the synthetic corpus")
     parser.add_argument("--caption-key", default="json:captions")
+    parser.add_argument("--web-batches", type=int, default=4_000, help="of the simulated manifest")
+    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
     given = parser.parse_args(argv)
     if given.steps < 3 or given.pairs < BATCH:
         raise ValueError(f"expected --steps of at least 3 and --pairs of at least {BATCH}")

@@ -1,10 +1,13 @@
 """Results of the data benchmarks as rows: one CSV, and one Markdown table for each thing that was measured."""
 
 import csv
+import shutil
 import statistics
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+
+from common import RESULTS, today
 
 COLUMNS = (
     "measured",
@@ -40,8 +43,8 @@ class Row:
         return {name: cells.get(name, str(getattr(self, name, ""))) for name in COLUMNS}
 
 
-def write(folder: Path, name: str, title: str, about: str, rows: list[Row]) -> str:
-    """NAME.csv and NAME.md in `folder`; returns the page."""
+def write(folder: Path, name: str, title: str, about: str, rows: list[Row], *, keep: bool) -> str:
+    """NAME.csv and NAME.md in `folder`, and with `keep` dated copies in benchmarks/results/; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
@@ -51,6 +54,9 @@ def write(folder: Path, name: str, title: str, about: str, rows: list[Row]) -> s
     for measured, group in groupby(sorted(rows, key=lambda row: row.measured), key=lambda row: row.measured):
         page += f"\n## {measured}\n\n{_table([row.cells() for row in group])}"
     (folder / f"{name}.md").write_text(page)
+    if keep:
+        for kind in ("csv", "md"):
+            shutil.copy(folder / f"{name}.{kind}", RESULTS / f"{today()}-{name}.{kind}")
     return page
 
 

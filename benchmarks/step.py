@@ -5,6 +5,14 @@
 The engine is the real one (one process, ZeRO-0, AdamW); teachers' embeddings come ready, as from a teacher cache. A
 round takes one step of every method in a shuffled order; a method's figure is the median over rounds of its time
 divided by that of the plain step of the same round. `--write` keeps the page, dated, in benchmarks/results/.
+
+`matching` adds a fusion encoder of FUSED layers on top of the same towers, over three pairs for each pair of the batch
+(itself, and two hard negatives). What it should cost, counted before it was measured, in d^2 multiply-adds of a pair
+with d the width of both towers, S tokens of the picture (65) and L of the caption (32):
+    vision   12 layers of 12 S + 2 S^2 / d, and the patches: 9,752
+    text      6 layers of 12 L + 2 L^2 / d: 2,336
+    fusion    6 layers of 14 L + 2 S + 2 L^2 / d + 2 L S / d: 3,565, three times: 10,694
+1 + 10,694 / 12,088 = 1.88 times the plain step; backward passes cost twice the forward in both.
 """
 
 import argparse
@@ -43,11 +51,12 @@ METHODS = {  # name: (objective, meta, the bound that the project holds itself t
     "heads, next batch": ({"name": "covlr"}, {"mode": "heads", "test_batch": "next"}, 2.2),
     "first_order": ({"name": "covlr"}, {"mode": "first_order"}, 2.1),
     "finite_difference": ({"name": "covlr"}, {"mode": "finite_difference"}, 4.2),
+    "matching": ({"name": "contrastive"}, {}, 2.2),
 }
-SIDE, TOKENS, TEACHER = 128, 32, 384
+SIDE, TOKENS, TEACHER, FUSED = 128, 32, 384, 6
 VISION = {"model_type": "vit", "image_size": SIDE, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 12,
           "num_attention_heads": 6, "intermediate_size": 1536}  # fmt: skip
-TEXT = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6,
+TEXT = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6 + FUSED,
         "num_attention_heads": 6, "intermediate_size": 1536}  # fmt: skip
 
 
@@ -58,9 +67,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
+    towers = {"vision": {"config": VISION}, "text": {"config": TEXT}, "fusion": {"source": "text", "layers": FUSED}}
     config = validate(
         {
-            "model": {"embed_dim": 256, "dropout": 0.0, "vision": {"config": VISION}, "text": {"config": TEXT}},
+            "model": {"embed_dim": 256, "dropout": 0.0, **towers},
             "engine": {"zero_stage": 0, "threads": given.threads},
             "train": {"global_batch_size": given.batch},
         },
@@ -68,17 +78,18 @@ def main() -> None:
     )
     ranks = start_ranks(config.engine)
     model = build_dual_encoder(config.model)
-    millions = {name: sum(p.numel() for p in model.tower(name).parameters()) / 1e6 for name in ("vision", "text")}
+    parts = {"vision": model.vision_model, "text": model.text_model, "fusion": model.fusion}
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     model.teacher_heads = TeacherHeads(TEACHER, TEACHER, config.model.embed_dim)
     engine = Engine(model, config, ranks)
     spec = ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3, 3)
-    inputs = Inputs(spec, None, None, ranks.device, TOKENS)
+    inputs = {fuses: Inputs(spec, None, None, ranks.device, TOKENS, fuses=fuses) for fuses in (False, True)}
     batches = [_batch(given.batch, seed) for seed in range(2)]
 
     def step(name: str) -> float:
         objective, meta, _ = METHODS[name]
         own = validate({"objective": objective, "meta": meta, "teacher": {"source": "frozen_copy"}}, name)
-        parts = StepParts(engine, inputs, own.objective, own.meta, ranks, None)
+        parts = StepParts(engine, inputs[name == "matching"], own.objective, own.meta, ranks, None)
         started = time.perf_counter()
         engine.set_rates(1e-6, 1)
         STEPS[own.meta_mode](parts, batches[0], batches["next" in name])
@@ -135,7 +146,8 @@ def _page(taken: dict[str, list[float]], millions: dict[str, float], given: argp
         provenance(f"vlscale bench step --rounds {given.rounds} --batch {given.batch} --write"),
         "",
         f"Towers: ViT 384 x 12 at {SIDE} px ({millions['vision']:.1f} M parameters) and BERT 384 x 6, {TOKENS} tokens "
-        f"({millions['text']:.1f} M); batch {given.batch}, fp32, {torch.get_num_threads()} threads, one process, "
+        f"({millions['text']:.1f} M), for matching a fusion encoder 384 x {FUSED} ({millions['fusion']:.1f} M) too; "
+        f"batch {given.batch}, fp32, {torch.get_num_threads()} threads, one process, "
         "ZeRO-0, teachers' embeddings ready. Ratio to the plain step of the same round: median, and range over rounds.",
         "",
         "| step | times plain | range | asked | seconds |",

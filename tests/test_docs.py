@@ -150,6 +150,20 @@ def test_finetune(place, tools):
     assert list((place / "rouge").iterdir())
 
 
+def test_rerank(place, tools, scenes):
+    shown = run("\n".join(blocks("rerank.md", "bash tried")), tools)
+    assert "matching, re-ranked 16" in shown and "pairs scored, each once" in shown and shown.count("│ picture │") == 3
+    assert "model.safetensors" in shown
+    evaluated = [json.loads(line) for line in (place / "runs" / "matching" / "eval.jsonl").read_text().splitlines()]
+    measured = json.loads((place / "matching.json").read_text())["metrics"]
+    assert "reranked:rsum" in evaluated[-1] and "reranked:rsum" in measured
+    (place / "picture.jpg").write_bytes(scenes[0].image)
+    (code,) = blocks("rerank.md", "python tried")
+    scope: dict = {}
+    exec(code, scope)
+    assert 0 < scope["probability"] < 1
+
+
 def test_teachers(place, tools):
     run("\n".join(blocks("teachers.md", "bash tried")), tools)
     for name in ("at-every-step", "from-cache"):
@@ -212,7 +226,7 @@ def test_a_message_is_what_its_command_says(troubled, monkeypatch, capsys, messa
 
 def test_every_page_is_tried_and_its_links_exist():
     pages = {path.name: path.read_text() for path in DOCS.glob("*.md")}
-    tried_here = {"pretrain.md", "finetune.md", "teachers.md", "kernels.md", "troubleshooting.md"}
+    tried_here = {"pretrain.md", "finetune.md", "rerank.md", "teachers.md", "kernels.md", "troubleshooting.md"}
     tried_elsewhere = {"method.md", "scaling.md", "reliability.md"}  # test_method_study, test_plan, tests they name
     assert tried_here | tried_elsewhere == pages.keys()
     for name in pages:

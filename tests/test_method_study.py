@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from vlscale.config import validate
+from vlscale.evaluate.paired import seed_interval
 from vlscale.resources import benchmarks_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,13 +29,13 @@ def analyse():
         del sys.path[:2]
 
 
-def test_an_interval_of_equal_differences_is_a_point(analyse):
-    assert analyse.interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0)
+def test_an_interval_of_equal_differences_is_a_point():
+    assert seed_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0)
 
 
-def test_an_interval_of_two_seeds_by_hand(analyse):
+def test_an_interval_of_two_seeds_by_hand():
     """Of two values 0 and 4 the four resamples have means 0, 2, 2, 4."""
-    low, high = analyse.interval(np.array([0.0, 4.0]))
+    low, high = seed_interval(np.array([0.0, 4.0]))
     assert (low, high) == tuple(np.quantile([0, 2, 2, 4], [0.025, 0.975]))
 
 

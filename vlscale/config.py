@@ -6,6 +6,7 @@ A file is a mapping of the sections of `Config`, and may also hold three keys th
 """
 
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from vlscale.logging import HIDDEN, names_secret, without_secrets
 from vlscale.sections import Config
 
 STAGE_PREFIX = "stage:"
+DEEPEST, LARGEST = 50, 100_000  # levels and values of a config file
+# The last ones come from PyYAML's conversions of what a tag or a form promises, such as 2024-99-99 and !!int x.
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ def read_tree(path: Path) -> dict[str, Any]:
         base = layers[-1].pop("base", None)
         if base is None:
             break
-        path = path.parent / str(base)
+        if not isinstance(base, str) or "\0" in base:
+            raise ValueError(f"config {path}: `base` is the name of another file, got {base!r}")
+        path = path.parent / base
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
         merged = merge(merged, layer)
@@ -81,8 +88,9 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             raise ValueError(f"override {item!r}: expected key=value, for example train.max_steps=100")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except NOT_YAML:
             value = text
+        _check_plain(value, f"override {item!r}", dotted)
         for key in reversed(dotted.split(".")):
             value = {key: value}
         tree = merge(tree, value)
@@ -98,22 +106,75 @@ def validate(values: dict[str, Any], where: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """As text; secrets in urls and commands are left out, since runs are kept and shown."""
+    return yaml.safe_dump(_hidden(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if isinstance(part, str) and names_secret(key) else _hidden(part) for key, part in value.items()
+        }
+    if isinstance(value, list):
+        return [_hidden(part) for part in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not _is_file(path):
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"config {path} does not exist" + _closest(path.name, beside))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"config {path}: expected sections such as `train:`, got a {type(tree).__name__}")
+    _check_plain(tree, f"config {path}")
     return tree
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _check_plain(tree: Any, where: str, name: str = "") -> None:
+    """Only what `dump` writes and reads back the same: no dates, bytes and sets, and no aliases that grow for ever."""
+    seen = 0
+
+    def walk(value: Any, dotted: str, depth: int) -> None:
+        nonlocal seen
+        seen += 1
+        if depth > DEEPEST or seen > LARGEST:
+            raise ValueError(
+                f"{where}: more than {DEEPEST} levels or {LARGEST:,} values; is there an alias that holds itself?"
+            )
+        if isinstance(value, dict | list):
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, part in parts:
+                walk(part, f"{dotted}.{key}".lstrip("."), depth + 1)
+        elif isinstance(value, str):
+            if not value.isascii() and value != value.encode(errors="replace").decode():
+                raise ValueError(f"{where}: {_shown(dotted)} holds characters that are no Unicode text, got {value!r}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {_shown(dotted)} is {value}; expected a finite number, or null for none")
+        elif not (value is None or isinstance(value, int | float)):
+            raise ValueError(
+                f"{where}: {_shown(dotted)} is a {type(value).__name__}, got {str(value)!r}; expected text, a number, "
+                "true or false, so put text that looks like something else in quotes"
+            )
+
+    walk(tree, name, 0)
+
+
+def _shown(dotted: str) -> str:
+    """On one line."""
+    return dotted if dotted.isprintable() else repr(dotted)
 
 
 def _named(value: Any, key: str, path: str | Path) -> dict[str, dict[str, Any]]:
@@ -132,7 +193,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {dotted!r}" + _closest(dotted, known_keys())
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message}, got {problem['input']!r}" if dotted and problem["type"] != "value_error" else message
+    told = dotted and problem["type"] != "value_error"
+    return f"{_shown(dotted)}: {message}, got {problem['input']!r}" if told else message
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -3,9 +3,10 @@
     vlscale bench method --out DIR [--emoji FOLDER] [--study FILE] [--processes N] [--levels NAME ...] [--write]
 
 Unattended, and the same command again goes on where it stopped: finished cells are files in DIR/cells, and those of an
-earlier result may be given with --cells. First every
-method's trials on the tuning seed, chosen on validation; then the seeds, measured on test. `--write` keeps the cells,
-the table, a CSV and the plot in benchmarks/results/, dated.
+earlier result may be given with --cells. First every method's trials on the tuning seed, chosen on validation; then the
+seeds, measured on test. A study whose methods have no `grid` has nothing to tune and starts with the seeds
+(ablations.yaml). `--write` keeps the cells, the table, a CSV and the plot in benchmarks/results/, dated, by the study's
+name.
 """
 
 import argparse
@@ -36,19 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only-report", action="store_true", help="of the cells that are there; nothing is run")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
     given = parser.parse_args(argv)
-    study = yaml.safe_load(given.study.read_text())
+    study = read_study(given.study)
     levels = {name: own for name, own in study["levels"].items() if not given.levels or name in given.levels}
     if given.emoji is None:
         levels = {name: own for name, own in levels.items() if own.get("recipe") != "emoji"}
     if not levels:
         parser.error("no level is left to run; emoji needs --emoji FOLDER")
-    study |= {"levels": levels, "seeds": given.seeds or study["seeds"]}
+    study |= {"levels": levels, "seeds": given.seeds or study["seeds"], "command": command_of(given)}
     cells = given.out / "cells"
     cells.mkdir(parents=True, exist_ok=True)
     for name, known in (json.loads(given.cells.read_text()) if given.cells else {}).items():
         (cells / f"{name}.json").write_text(json.dumps(known, indent=1) + "\n")
     if given.only_report:
-        chosen = {
+        chosen = untuned(study) or {
             path.stem.removeprefix("tuning-"): choose(study, json.loads(path.read_text()))
             for path in sorted(cells.glob("tuning-*.json"))
         }
@@ -62,16 +63,17 @@ def main(argv: list[str] | None = None) -> int:
         job = common | {
             "name": name, "level": level, "level_name": level_name, "seed": seed, "split": split, "runs": runs,
             "recipe": study["recipes"][level.get("recipe", "scenes")],
+            "theta_prime": [method for method in runs if study["methods"].get(method, {}).get("theta_prime")],
             "folder": str((given.out / "work" / name).resolve()), "result": str(result.resolve()),
         }  # fmt: skip
         return _finished(job, cells / f".{name}.job.json")
 
     with ThreadPoolExecutor(given.processes) as pool:
-        tuning = tuned_levels(study)
+        tuning = [] if untuned(study) else tuned_levels(study)
         trials = pool.map(
             lambda level: cell(f"tuning-{level}", level, study["tuning_seed"], "val", trial_runs(study)), tuning
         )
-        chosen = {level: choose(study, trial) for level, trial in zip(tuning, trials, strict=True)}
+        chosen = untuned(study) or {level: choose(study, trial) for level, trial in zip(tuning, trials, strict=True)}
         (given.out / "chosen.json").write_text(json.dumps(chosen, indent=1))
         wanted = [(level, seed) for seed in study["seeds"] for level in study["levels"]]
         measured = pool.map(
@@ -80,6 +82,26 @@ def main(argv: list[str] | None = None) -> int:
         failed = [at for at, found in zip(wanted, measured, strict=True) if found is None]
     write_study(study, cells, chosen, given.out, keep=given.write)
     return 1 if failed else 0
+
+
+def read_study(path: Path) -> dict:
+    """The file, over the one beside it that its `base` names."""
+    own = yaml.safe_load(path.read_text())
+    return (read_study(path.parent / own["base"]) if "base" in own else {}) | own
+
+
+def command_of(given: argparse.Namespace) -> str:
+    study = "" if given.study == HERE / "study.yaml" else f" --study {given.study}"
+    return f"vlscale bench method{study} --out DIR --emoji FOLDER --processes {given.processes} --write"
+
+
+def untuned(study: dict) -> dict[str, dict] | None:
+    """Where no method has a grid there is nothing to choose: what each level runs."""
+    if any("grid" in own for own in study["methods"].values()):
+        return None
+    return {
+        tuned_on(study, level): {name: own["is"] for name, own in study["methods"].items()} for level in study["levels"]
+    }
 
 
 def tuned_on(study: dict, level: str) -> str:

@@ -1,12 +1,10 @@
 """Tables, CSV and plot of the method study, from its cells.
 
-A difference is paired: the same corpus, teachers and batches, two methods. Its interval resamples the seeds (all 5^5
-draws with replacement of five seeds, or 10,000 random ones of more), percentile, 95 %.
+A difference is paired: the same corpus, teachers and batches, two methods; see `vlscale.evaluate.paired`.
 """
 
 import csv
 import io
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from common import RESULTS, provenance, today
 
+from vlscale.evaluate.paired import ENOUGH, paired, seed_interval
+
 NAMES = {
     "rsum": "rsum", "i2i": "i2i", "t2t": "t2t", "single": "mean of i2i, t2t", "i2it": "i2it", "t2it": "t2it",
 }  # fmt: skip
-ENOUGH = 5  # seeds below which an interval is not to be trusted
-EXACT = 6  # seeds up to which all resamples are made
 
 
 def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool) -> None:
@@ -32,10 +30,12 @@ def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool
     plot(study, table, out / "study.png")
     print(page)
     if keep:
-        for name in ("study.md", "study.csv", "study.png"):
-            shutil.copy(out / name, RESULTS / f"{today()}-method-{name}")
+        name = study.get("name", "study")
+        for kind in ("md", "csv", "png"):
+            shutil.copy(out / f"study.{kind}", RESULTS / f"{today()}-method-{name}.{kind}")
         everything = {path.stem: json.loads(path.read_text()) for path in sorted(cells.glob("[!.]*.json"))}
-        (RESULTS / f"{today()}-method-cells.json").write_text(json.dumps(everything) + "\n")
+        kept = "cells" if name == "study" else f"{name}-cells"
+        (RESULTS / f"{today()}-method-{kept}.json").write_text(json.dumps(everything) + "\n")
 
 
 def read_cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
@@ -50,26 +50,12 @@ def read_cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
     }
 
 
-def paired(by_seed: dict[int, dict], first: str, second: str, endpoint: str) -> np.ndarray:
-    return np.array([cell[first][endpoint] - cell[second][endpoint] for cell in by_seed.values()])
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean over seeds."""
-    n = len(differences)
-    if n <= EXACT:
-        draws = np.array(list(itertools.product(range(n), repeat=n)))
-    else:
-        draws = np.random.default_rng(0).integers(n, size=(10_000, n))
-    return tuple(np.quantile(differences[draws].mean(1), [0.025, 0.975]))
-
-
 def markdown(study: dict, table: dict, chosen: dict) -> str:
     seeds = sorted({seed for by_seed in table.values() for seed in by_seed})
     lines = [
-        f"# Method study, {today()}",
+        f"# Method {study.get('name', 'study')}, {today()}",
         "",
-        provenance("vlscale bench method --out DIR --emoji FOLDER --processes 2 --write"),
+        provenance(study.get("command", "vlscale bench method --out DIR --emoji FOLDER --processes 2 --write")),
         "",
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), each with its own corpus, teachers, weights and batches; "
         "test split; NDCG@10 above chance, in percent; rsum of 600. In brackets: 95 % bootstrap interval over the "
@@ -86,15 +72,17 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
             "| | " + " | ".join(NAMES.values()) + " |",
         ]
         lines.append("| --- |" + " ---: |" * len(NAMES))
-        for method in ("teachers", *study["methods"]):
+        for method in next(iter(by_seed.values())):
             means = [np.mean([cell[method][endpoint] for cell in by_seed.values()]) for endpoint in NAMES]
             lines.append(f"| {method} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
         lines += ["", "| difference | " + " | ".join(NAMES.values()) + " |", "| --- |" + " ---: |" * len(NAMES)]
         for first, second in study["comparisons"]:
             shown = [_difference(paired(by_seed, first, second, endpoint)) for endpoint in NAMES]
             lines.append(f"| {first} - {second} | " + " | ".join(shown) + " |")
-    lines += ["", "## Chosen by tuning, on the validation split of a seed that is not reported", ""]
-    lines += ["| tuned on | method | settings |", "| --- | --- | --- |"]
+    tuned = any("grid" in own for own in study["methods"].values())
+    how = "Chosen by tuning, on the validation split of a seed that is not reported" if tuned else "Settings, not tuned"
+    lines += ["", f"## {how}", "", "| tuned on | method | settings |" if tuned else "| level | method | settings |"]
+    lines.append("| --- | --- | --- |")
     for level, methods in chosen.items():
         lines += [f"| {level} | {method} | `{json.dumps(own)}` |" for method, own in methods.items()]
     return "\n".join(lines) + "\n"
@@ -104,7 +92,7 @@ def _difference(differences: np.ndarray) -> str:
     """Without an interval where there are too few seeds for one."""
     if len(differences) < ENOUGH:
         return f"{differences.mean():+.1f}"
-    low, high = interval(differences)
+    low, high = seed_interval(differences)
     shown = f"{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{shown}**" if low > 0 or high < 0 else shown
 
@@ -129,12 +117,13 @@ def plot(study: dict, table: dict, path: Path) -> None:
 
     levels = [level for level, by_seed in table.items() if by_seed]
     methods = [method for method in study["methods"] if method != "contrastive"]
-    figure, axes = plt.subplots(len(levels), len(NAMES), figsize=(2.4 * len(NAMES), 2.0 * len(levels)), squeeze=False)
+    height = max(2.0, 0.2 * len(methods)) * len(levels)
+    figure, axes = plt.subplots(len(levels), len(NAMES), figsize=(2.4 * len(NAMES), height), squeeze=False)
     for level, row in zip(levels, axes, strict=True):
         for axis, endpoint in zip(row, NAMES, strict=True):
             for place, method in enumerate(methods):
                 differences = paired(table[level], method, "contrastive", endpoint)
-                low, high = interval(differences)
+                low, high = seed_interval(differences)
                 axis.plot([low, high], [place, place], color="tab:blue")
                 axis.plot(differences, [place] * len(differences), ".", color="tab:gray", markersize=3)
                 axis.plot(differences.mean(), place, "o", color="tab:blue", markersize=4)

@@ -15,6 +15,7 @@ from glob import glob
 from pathlib import Path
 
 import yaml
+from theta_prime import save_at_theta_prime
 
 from vlscale.config import load_plan
 from vlscale.data.synth import make_corpus, synth_config
@@ -40,10 +41,12 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
     plan.write_text(yaml.safe_dump(_plan(job, data["train"])))
     train_plan(load_plan(plan), folder / "runs", resume=True)
     recipe = job["recipe"].get("eval", {})
-    measured = {}
-    for name in ("teachers", *job["runs"]):
+    measured, runs = {}, folder / "runs"
+    for name in job.get("theta_prime", []):
+        save_at_theta_prime(runs / name, runs / f"{name}'")
+    for name in ("teachers", *job["runs"], *(f"{name}'" for name in job.get("theta_prime", []))):
         request = EvalRequest(
-            str(folder / "runs" / name), data[job["split"]], recipe.get("protocol", "auto"), recipe.get("labels", [])
+            str(runs / name), data[job["split"]], recipe.get("protocol", "auto"), recipe.get("labels", [])
         )
         _, result = evaluate_model(request)
         labelled = recipe["labels"][0] + ":" if recipe else ""

@@ -12,8 +12,9 @@ import pytest
 
 from vlscale.data.faults import BadShard
 from vlscale.data.manifest import INDEX_FOLDER, build_manifest
-from vlscale.data.samples import open_corpus, read_manifest, read_samples
+from vlscale.data.samples import check_caption_field, open_corpus, read_manifest, read_samples
 from vlscale.data.urls import expand
+from vlscale.data.writer import write_shard
 
 
 def write(path, members):
@@ -247,3 +248,31 @@ def test_a_shard_cut_short_while_it_is_open(own_corpus, make_config):
     os.truncate(own_corpus / "train-000000.tar", 10_000)
     with pytest.raises(BadShard, match="cut short while it is read"):
         list(samples)
+
+
+def test_a_caption_field_that_no_sample_has_is_told_with_those_there_are(corpus, make_config, tmp_path):
+    def check(path, key):
+        data = make_config(corpus, caption_key=key)
+        check_caption_field(open_corpus(str(path), data), data)
+
+    with pytest.raises(ValueError, match=r"caption_key=json:text: none of 100 samples has .*one of captions,") as error:
+        check(corpus / "train-*.tar", "json:text")
+    assert len(str(error.value)) < 400
+    few = [{"__key__": str(i), "jpg": b"x", "json": {"late": "yes"} if i == 40 else {"x": 1}} for i in range(50)]
+    write_shard(tmp_path / "few.tar", few)
+    write_shard(tmp_path / "broken.tar", [{"__key__": "a", "jpg": b"x", "json": b"{"}])
+    for name in ("few", "broken"):
+        check(tmp_path / f"{name}.tar", "json:late")
+    check(corpus / "train-*.tar", "txt")
+
+
+def test_a_caption_that_no_sample_has_is_met_before_all_of_a_large_corpus_is_indexed(tmp_path, make_config, caplog):
+    for number in range(130):
+        write_shard(tmp_path / f"{number:03d}.tar", [{"__key__": f"{number}-{i}", "jpg": b"x"} for i in range(3)])
+    with pytest.raises(ValueError, match=r"the first 100 of 130 shards hold no sample .* \(left out: .*300\}\)"):
+        open_corpus(str(tmp_path), make_config(tmp_path, caption_key="txt"))
+    assert caplog.text == "" and len(list((tmp_path / INDEX_FOLDER).glob("*.idx"))) == 100
+    write_shard(tmp_path / "050.tar", [{"__key__": "whole", "jpg": b"x", "txt": "a caption"}])
+    assert open_corpus(str(tmp_path), make_config(tmp_path, caption_key="txt")).num_samples == 1
+    assert caplog.text.count(f"({tmp_path}") == 100
+    assert "left out when indexing: 387 no caption; `vlscale data check` names more than 100" in caplog.text

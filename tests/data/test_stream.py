@@ -344,12 +344,12 @@ def test_the_order_of_a_billion_samples_needs_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert table.num_samples == 10**9 and table.block_size == 1000
-    assert len(seen) == 128_000 and len({shard for _, shard, _ in seen}) > 60 * 8 * 0.9
+    assert len(seen) == 128_000 and len({shard for _, shard, _, _ in seen}) > 60 * 8 * 0.9
     assert peak < 150e6
 
 
-def test_all_captions_train_in_turn_each_once_in_as_many_passes(run_stream, corpus, make_config):
-    data = make_config(corpus, train=[str(corpus / "val-*.tar")], captions="all")
+def test_captions_train_in_turn_each_once_in_as_many_passes(run_stream, corpus, make_config):
+    data = make_config(corpus, train=[str(corpus / "val-*.tar")], captions="in_turn")
     rows, _ = run_stream(60 * 6 // 4, data=data, batch_size=4)
     said: dict[str, list[str]] = {}
     for (batch,) in rows:

@@ -1,5 +1,6 @@
 """Teacher rows on disk and their join: by key whatever the order of the rows, at any number of ranks and workers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -179,7 +180,11 @@ def test_files_of_another_teacher_and_damaged_ones_are_named(cache, manifest, tm
         other = header(**{name: TeacherFacts("elsewhere", "other weights", "preprocessing", IMAGE)})
         with pytest.raises(BadTeacherCache, match=r"was made by another teacher or preprocessing than header\.json"):
             ShardFile(folder, other, manifest.digests[3])
-    for damage in (b"", whole[:7], whole[:100], whole[:-1], b"\xff" * 9 + whole[9:], whole.replace(b"I64", b"I32")):
+    size = int.from_bytes(whole[:8], "little")
+    no_object = whole[:8] + json.dumps(json.loads(whole[8 : 8 + size]) | {"__metadata__": 3}).encode().ljust(size)
+    square = whole[: 8 + size].replace(b'"shape": [270]', b'"shape": [[]] ', 1) + whole[8 + size :]
+    damages = (b"", whole[:7], whole[:100], whole[:-1], b"\xff" * 9 + whole[9:], whole.replace(b"I64", b"I32"))
+    for damage in (*damages, no_object + whole[8 + size :], square):
         path.write_bytes(damage)
         with pytest.raises(BadTeacherCache, match=r"is damaged \(.*delete it and run the same"):
             ShardFile(folder, told, manifest.digests[3])

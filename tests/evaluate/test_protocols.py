@@ -214,8 +214,11 @@ def test_repeated_keys_and_embeddings_that_are_no_numbers_are_refused():
         evaluate_corpus(dataclasses.replace(corpus, keys=["a", "b", "a", "b", *corpus.keys[4:]]))
     broken = corpus.text_emb.clone()
     broken[[3, 7], 0] = torch.tensor([torch.nan, torch.inf])
-    with pytest.raises(ValueError, match="2 of 20 text embeddings are not finite"):
+    with pytest.raises(ValueError, match=r"2 of 20 text embeddings are not finite \(samples sample-3, sample-7\)"):
         evaluate_corpus(dataclasses.replace(corpus, text_emb=broken))
+    with pytest.raises(ValueError, match=r"20 of 20 image .* \(samples sample-0, .*2, \.{3}\)") as error:
+        evaluate_corpus(dataclasses.replace(corpus, image_emb=corpus.image_emb * torch.nan))
+    assert "\n" not in str(error.value)
 
 
 def test_missing_labels_match_nobody():

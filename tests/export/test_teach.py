@@ -229,8 +229,8 @@ def test_training_refuses_what_is_not_its_cache(
 
     assert "teacher.source=cache needs teacher.cache" in refused()
     assert "holds no teacher cache: expected header.json" in refused(f"teacher.cache={tmp_path}")
-    assert "made with caption_key 'json:captions', got data.caption_key='json:seed'" in refused(
-        place, "data.caption_key=json:seed"
+    assert "made with caption_key 'json:captions', got data.caption_key='json:preset'" in refused(
+        place, "data.caption_key=json:preset"
     )
     assert f"teacher.image={clip_towers} is another teacher than the cache was made with (weights hash" in refused(
         place, f"teacher.image={clip_towers}"

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from vlscale.distributed import Ranks
-from vlscale.train.gradients import Gradients, Held, parameter_norm, shifted
+from vlscale.train.gradients import Gradients, Held, moving, parameter_norm
 
 
 class PlainEngine:
@@ -26,11 +26,11 @@ class PlainEngine:
     def gradients(self, loss: torch.Tensor) -> Gradients:
         return Gradients.of(loss, self.learned, Ranks())
 
-    def shifted(self, along: Gradients, rate: torch.Tensor):
-        return shifted(self._held, along, rate, None)
+    def moving(self):
+        return moving(self._held, None)
 
     def parameter_norm(self) -> torch.Tensor:
-        return parameter_norm(self._held, None)
+        return parameter_norm(self._held, None, torch.device("cpu"))
 
     def local_norm(self) -> torch.Tensor:
         return self.flat_gradient().float().norm()

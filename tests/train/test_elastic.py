@@ -8,6 +8,7 @@ import pytest
 
 from vlscale.config import load_plan
 from vlscale.distributed import Ranks
+from vlscale.sections import TrainConfig
 from vlscale.train.best import Best
 from vlscale.train.metrics_file import read_metrics
 from vlscale.train.plan import train_plan
@@ -81,7 +82,8 @@ def test_the_best_model_is_kept_as_a_folder_like_final(tiny_config, corpus, tmp_
 
 def test_a_measure_that_the_evaluation_does_not_have_is_named():
     with pytest.raises(ValueError, match=r"train\.keep_best=sum: no such measure; this evaluation has: rsum, i2t/r@1"):
-        Best(Path("nowhere"), "sum", Ranks(), 0).consider(1, {"rsum": 1.0, "i2t/r@1": 2.0}, print)
+        best = Best(Path("nowhere"), TrainConfig(keep_best="sum"), Ranks(), 0)
+        best.consider(1, {"rsum": 1.0, "i2t/r@1": 2.0}, print)
 
 
 def test_the_best_needs_evaluations(tiny_config):
@@ -93,12 +95,13 @@ def test_ranks_are_best_small_and_an_interrupted_replacement_is_put_back(tmp_pat
     def write(folder: Path) -> None:
         folder.mkdir()
 
-    best = Best(tmp_path, "i2t/mean_rank", Ranks(), 0)
+    wanted = TrainConfig(keep_best="i2t/mean_rank")
+    best = Best(tmp_path, wanted, Ranks(), 0)
     for step, value in enumerate([5.0, 7.0, 3.0], 1):
         best.consider(step, {"i2t/mean_rank": value}, write)
     assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 3
     (tmp_path / "best").rename(tmp_path / ".best.before")
-    Best(tmp_path, "i2t/mean_rank", Ranks(), 3).consider(4, {"i2t/mean_rank": 4.0}, write)
+    Best(tmp_path, wanted, Ranks(), 3).consider(4, {"i2t/mean_rank": 4.0}, write)
     assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 3
-    Best(tmp_path, "i2t/mean_rank", Ranks(), 2).consider(3, {"i2t/mean_rank": 4.0}, write)
+    Best(tmp_path, wanted, Ranks(), 2).consider(3, {"i2t/mean_rank": 4.0}, write)
     assert json.loads((tmp_path / "best" / "best.json").read_text())["value"] == 4.0

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel
 from vlscale.config import parse_overrides, validate
 from vlscale.distributed import Ranks
 from vlscale.sections import Config, OptimConfig
-from vlscale.train.engine import deepspeed_config, start_ranks
+from vlscale.train.deepspeed_json import json_for_deepspeed
+from vlscale.train.engine import start_ranks
 from vlscale.train.optimizer import build_optimizer, layer_depths, rate_scales, set_rates
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 3}
@@ -211,7 +212,7 @@ def _run_engine(config, ranks, start, numbers, save=None, load=None) -> dict[str
     model = TwoTowers()
     model.load_state_dict(start)
     optimizer = build_optimizer(model, config.optim)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.size))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=json_for_deepspeed(config, ranks.size))
     if load is not None:
         engine.load_checkpoint(str(load), tag="engine")
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32

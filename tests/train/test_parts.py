@@ -9,9 +9,11 @@ from torch import nn
 
 from vlscale.config import parse_overrides, validate
 from vlscale.distributed import Ranks
-from vlscale.sections import Config, OptimConfig
-from vlscale.train.checkpoint import Layout, load_checkpoint, newest_complete, save_checkpoint
-from vlscale.train.engine import deepspeed_config
+from vlscale.sections import Config, OptimConfig, TrainConfig
+from vlscale.train.bad_numbers import BadSteps
+from vlscale.train.checkpoint import Checkpoints, Layout, load_checkpoint
+from vlscale.train.checkpoint_folder import newest_complete
+from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.metrics_file import MetricsFile, read_metrics
 from vlscale.train.optimizer import build_optimizer
 from vlscale.train.schedule import learning_rate
@@ -50,7 +52,7 @@ def test_deepspeed_configuration_is_derived_and_passes_extra_keys_through():
         "engine.dtype=bf16",
         "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}, csv_monitor: {enabled: false}}",
     )
-    made = deepspeed_config(config, world_size=4)
+    made = json_for_deepspeed(config, world_size=4)
     assert made["train_batch_size"] == 64 and made["train_micro_batch_size_per_gpu"] == 16
     assert made["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 0}
     assert made["bf16"] == {"enabled": True} and made["csv_monitor"] == {"enabled": False}
@@ -65,7 +67,7 @@ def test_deepspeed_configuration_is_derived_and_passes_extra_keys_through():
 )
 def test_deepspeed_keys_with_another_source_are_refused(extra, said):
     with pytest.raises(ValueError, match=said):
-        deepspeed_config(config_with(f"engine.deepspeed={extra}"), 1)
+        json_for_deepspeed(config_with(f"engine.deepspeed={extra}"), 1)
 
 
 def test_metrics_are_kept_up_to_a_step_and_a_cut_off_line_is_dropped(tmp_path):
@@ -84,12 +86,20 @@ def test_metrics_are_kept_up_to_a_step_and_a_cut_off_line_is_dropped(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[2]["loss"] == 0.25 and lines[1]["loss"] == "nan"
 
 
-def save(root, step, keep=5, state=None):
-    def engine(folder):
-        (folder / "engine").mkdir()
-        (folder / "engine" / "weights.bin").write_bytes(bytes([step]) * 1000)
+class Weights:
+    """An engine that writes one file."""
 
-    return save_checkpoint(root, step, LAYOUT, state or {"at": step}, engine, Ranks(), keep)
+    def __init__(self, step):
+        self.content = bytes([step]) * 1000
+
+    def save(self, folder, files):
+        files.add("engine/weights.bin", self.content)
+
+
+def save(root, step, keep=5):
+    train = TrainConfig(keep_checkpoints=keep, checkpoint_async=False)
+    Checkpoints(root, LAYOUT, Weights(step), Ranks(), train).save(step, {"at": step}, BadSteps())
+    return root / f"step-{step}"
 
 
 def test_a_checkpoint_restores_state_and_random_numbers(tmp_path):

@@ -16,6 +16,7 @@ from benchmarks import scaling_model
 from vlscale.cli import app
 from vlscale.config import PlannedRun, load_plan, parse_overrides, validate
 from vlscale.distributed import Ranks
+from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import build_dual_encoder
 from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import Config
@@ -55,9 +56,13 @@ def measured_peak(config: Config, ranks: Ranks, trace) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.manual_seed(0)
-        engine = Engine(build_dual_encoder(config.model), config, ranks)
-        for _ in range(2):
-            _step(engine, config, ranks)
+        model = build_dual_encoder(config.model)
+        if config.engine.activation_checkpointing:
+            checkpoint_blocks(model)
+        engine = Engine(model, config, ranks)
+        for _ in range(2 * config.train.accumulate_losses):
+            backward(engine, config, ranks)
+            engine.step()
     engine.close()
     profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
@@ -65,17 +70,14 @@ def measured_peak(config: Config, ranks: Ranks, trace) -> int:
     return max(e["args"]["Total Allocated"] for e in events) - (first["Total Allocated"] - first["Bytes"])
 
 
-def _step(engine: Engine, config: Config, ranks: Ranks) -> None:
-    _backward(engine, config, ranks)
-    engine.step()
-
-
-def _backward(engine: Engine, config: Config, ranks: Ranks) -> None:
-    ids = torch.ones(PAIRS, LENGTH, dtype=torch.long)
-    pixels = torch.zeros(PAIRS, 3, SIDE, SIDE)
+def backward(engine: Engine, config: Config, ranks: Ranks) -> None:
+    local = PAIRS // ranks.size
+    ids = torch.ones(local, LENGTH, dtype=torch.long)
+    pixels = torch.zeros(local, 3, SIDE, SIDE)
     out = engine(pixels=pixels, input_ids=ids, attention_mask=ids.clone(), chunk_size=config.train.chunk_size)
-    rows = Embedded(out.image, out.text, out.logit_scale, out.logit_bias, torch.arange(PAIRS))
-    engine.backward(total_loss(rows, config.objective, ranks)[0])
+    pair_id = torch.arange(local) + local * ranks.rank
+    rows = Embedded(out.image, out.text, out.logit_scale, out.logit_bias, pair_id)
+    engine.backward(total_loss(rows, config.objective, ranks, config.engine.comm)[0])
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,9 @@ def _backward(engine: Engine, config: Config, ranks: Ranks) -> None:
         ["engine.zero_stage=0", "train.chunk_size=16"],
         ["engine.zero_stage=2", "train.chunk_size=16"],
         ["engine.zero_stage=2", "model.locked=[vision]"],
+        ["engine.zero_stage=0", "train.accumulate_losses=2"],
+        ["engine.zero_stage=1", "train.accumulate_losses=2"],
+        ["engine.zero_stage=2", "engine.activation_checkpointing=true"],
     ],
     ids=lambda overrides: " ".join(overrides).replace("engine.", "").replace("train.", ""),
 )
@@ -122,9 +127,10 @@ def test_stages_divide_what_they_say(stage, share):
 
 
 def test_traffic_follows_the_formulas():
-    """W = 4, e = 2: a contrast brings (W-1)/W N (D e + 4 D + 8) bytes, ZeRO-2 (W-1)/W P e of gradients and weights."""
+    """W = 4, e = 2: a contrast brings (W-1)/W N (D e + 4 D + 8 + 20) bytes, ZeRO-2 (W-1)/W P e of gradients and
+    weights."""
     plan = planned(config_of("engine.dtype=bf16", "engine.zero_stage=2"), 4)
-    assert plan.traffic["losses"] == int(0.75 * PAIRS * (64 * 2 + 4 * 64 + 8))
+    assert plan.traffic["losses"] == int(0.75 * PAIRS * (64 * 2 + 4 * 64 + 8 + 20))
     assert plan.traffic["gradients"] == int(0.75 * plan.learned * 2)
     assert plan.traffic["weights"] == int(0.75 * plan.parameters * 2)
     assert planned(config_of("engine.zero_stage=0"), 4).traffic["gradients"] == int(1.5 * plan.learned * 4)

@@ -80,7 +80,7 @@ def test_resume_ends_with_the_same_bytes_and_no_doubled_steps(undisturbed, tiny_
 
 KILLED_AT = {  # a function that training calls, and the call of it in which the process ends
     "mid-step": ("vlscale.train.step.total_loss", 4),
-    "mid-save": ("vlscale.train.checkpoint._checksums", 3),
+    "mid-save": ("vlscale.train.checkpoint.commit", 3),
 }
 VICTIM = """
 import os, signal, sys
@@ -102,7 +102,8 @@ with patch("{module}.{name}", killer):
 def test_kill_9_then_resume_ends_with_the_same_bytes(undisturbed, tiny_config, tmp_path, moment):
     out, (function, call) = tmp_path / "run", KILLED_AT[moment]
     module, name = function.rsplit(".", 1)
-    arguments = ["train", str(tiny_config), "--out", str(out), "train.checkpoint_every=1"]
+    waits = ["train.checkpoint_every=1", "train.checkpoint_async=false"]
+    arguments = ["train", str(tiny_config), "--out", str(out), *waits]
     victim = subprocess.run(
         [sys.executable, "-c", VICTIM.format(module=module, name=name, call=call), *arguments], capture_output=True
     )
@@ -110,7 +111,7 @@ def test_kill_9_then_resume_ends_with_the_same_bytes(undisturbed, tiny_config, t
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1, 2, 3] and not (out / "final").exists()
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert left == (["step-2", "step-3"] if moment == "mid-step" else [".step-3.partial", "step-1", "step-2"])
-    train(tiny_config, out, "train.checkpoint_every=1", resume=True)
+    train(tiny_config, out, *waits, resume=True)
     assert weights(out) == weights(undisturbed)
     assert without_seconds(out) == without_seconds(undisturbed)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-5", "step-6"]

@@ -7,7 +7,7 @@ import time
 import typer
 
 from vlscale.cli import bench, data, demo, doctor, embed, evaluate, export, import_model, replay, report, search, train
-from vlscale.logging import setup_logging
+from vlscale.logging import setup_logging, without_secrets
 
 OTHERS_WAIT = 10.0  # seconds
 
@@ -50,5 +50,5 @@ def main(arguments: list[str] | None = None) -> None:
             # All ranks find the same fault in a config. The first one says it, and its launcher then ends the others;
             # one that ended at once would have the launcher end the first before it spoke.
             time.sleep(OTHERS_WAIT)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{without_secrets(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -8,9 +8,14 @@ import typer
 SCRIPTS = {  # name to script and what it measures
     "kernels": ("kernels_bench.py", "every kernel against dense torch and other libraries"),
     "step": ("step.py", "what each method's step costs against plain contrastive training"),
+    "checkpoint": ("checkpoint_cost.py", "what saving adds to a step, beside training and with training waiting"),
+    "matching": ("matching.py", "whether matching learns: held-out accuracy on scenes"),
+    "rerank": ("rerank.py", "re-ranking at Flickr30K's size, beside one query a forward"),
     "large-batch": ("large_batch.py", "memory and time of batches larger than memory"),
     "data": ("data.py", "pictures a second of the input pipeline, beside other loaders"),
     "stream": ("data_stream.py", "order, memory and resume of the stream on a large corpus"),
+    "data-fuzz": ("data_fuzz.py", "damaged shards: what is refused, lost and named"),
+    "failures": ("failures.py", "trainings that are killed, starved and damaged, and what is lost: nothing"),
     "method": ("method", "the method study: every method, level and seed, tuned alike"),
     "scaling": ("scaling_model.py", "a model of step time from 1 to 4,096 GPUs"),
 }

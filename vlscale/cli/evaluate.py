@@ -18,6 +18,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     annotations: Annotated[Path | None, typer.Option(help="Folder of CxC's csv files.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps ROUGE-L relevance.")] = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, help="Nearest of each query that the fusion encoder scores.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write every number, with intervals, to this file.")] = None,
 ) -> None:
     """Cross-modal, single-modal and mixed retrieval."""
@@ -27,7 +30,7 @@ def evaluate(
     from vlscale.evaluate.table import render
     from vlscale.progress import LINE_SECONDS, Progress
 
-    request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache)
+    request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache, rerank)
     with Progress(f"embedding {Path(model).name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
         _, result = evaluate_model(request, progress)
     if json is not None:

@@ -12,12 +12,17 @@ def search(
     index: Annotated[Path, typer.Option(help="What `vlscale embed` wrote.")],
     k: Annotated[int, typer.Option(help="How many results.")] = 10,
     of: Annotated[str, typer.Option(help="images, texts or both.")] = "images",
+    rerank: Annotated[
+        int | None, typer.Option(help="Nearest of the other modality that the fusion encoder puts in order.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a gallery to this file.")] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="Shards with its pictures; the index's own by default.")
     ] = None,
 ) -> None:
-    """The nearest pictures or captions, exactly, best first."""
+    """The nearest pictures or captions, exactly, best first; with --rerank, as the fusion encoder orders them."""
+    from functools import partial
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -26,6 +31,7 @@ def search(
     from vlscale.export.gallery import find_pictures, write_gallery
     from vlscale.export.index_file import read_index
     from vlscale.export.loaded import load_model
+    from vlscale.export.rerank import reranked_search
     from vlscale.sections import DataConfig
 
     if of not in list(searching.Of):
@@ -34,15 +40,20 @@ def search(
     found = read_index(index)
     loaded = load_model(model)
     searching.check_model(loaded, found, index)
-    hits = searching.search(loaded, found, asked, k=k, of=searching.Of(of))
-    table = Table("", "score", "of", "key", "caption")
+    header = found.header
+    shards = DataConfig(caption_key=header.caption_key, image_keys=header.image_keys)
+    if rerank is None:
+        hits = searching.search(loaded, found, asked, k=k, of=searching.Of(of))
+    else:
+        pictures = partial(find_pictures, data or header.data, shards)
+        hits = reranked_search(loaded, found, asked, pictures, rerank=rerank, k=k, of=searching.Of(of))
+    table = Table("", "score", *([] if rerank is None else ["match"]), "of", "key", "caption")
     for place, hit in enumerate(hits, start=1):
-        words = [f"{hit.score:.4f}", "picture" if hit.is_picture else "caption", hit.key, hit.caption]
+        match = [] if rerank is None else ["" if hit.match is None else f"{hit.match:.2f}"]
+        words = [f"{hit.score:.4f}", *match, "picture" if hit.is_picture else "caption", hit.key, hit.caption]
         table.add_row(str(place), *(Text("".join(c if c.isprintable() else " " for c in word)) for word in words))
     Console(width=None if Console().is_terminal else 120).print(table)
     if html is not None:
-        header = found.header
-        shards = DataConfig(caption_key=header.caption_key, image_keys=header.image_keys)
         pictures = find_pictures(data or header.data, shards, {hit.key for hit in hits})
         write_gallery(html, asked, hits, pictures, Path(model).name, index.name)
         print(f"gallery: {html.resolve()}")

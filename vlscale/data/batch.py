@@ -20,8 +20,9 @@ class Batch:
     second_input_ids: Tensor | None  # another caption of the same samples, where they have one
     second_attention_mask: Tensor | None
     state: StreamState  # of this rank's lanes, after this batch
-    epoch: float  # passes over the corpus so far
+    epoch: float  # passes over the corpus so far; with data.captions=all over the part that is this rank's
     skipped: int  # samples of this rank's lanes that failed so far
+    second_captions: list[str] | None = None  # the text of `second_input_ids`
     teacher_image: Tensor | None = None  # (B, D_image) float32 unit rows of a teacher cache, of the picture unaugmented
     teacher_text: Tensor | None = None  # (B, D_text), of the caption that trains
     truncated: int = 0  # captions of this batch that were longer than the model takes, and were cut

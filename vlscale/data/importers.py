@@ -5,6 +5,8 @@ An item is one picture with its captions; a picture that several entries of a li
 
 import itertools
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from vlscale.logging import get_logger
 from vlscale.progress import Progress
 
 _EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+")  # a split, which becomes the name of a file
 _NO_EXTENSION = "jpg"  # readers go by the content; the name has to be one that they look for
 
 
@@ -44,15 +47,18 @@ def karpathy_items(path: str | Path, *, restval: bool = True) -> dict[str, list[
     for number, entry in enumerate(images):
         try:
             captions = [sentence["raw"].strip() for sentence in entry["sentences"]]
-            name, split = entry["filename"], entry["split"]
+            name, split, folder = entry["filename"], entry["split"], entry.get("filepath") or ""
+            if not (isinstance(name, str) and isinstance(folder, str) and _PLAIN.fullmatch(split)):
+                raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise ValueError(
-                f"{path}: images[{number}] lacks filename, split or sentences with raw text; expected Karpathy's format"
+                f"{path}: images[{number}] lacks filename, split (a plain word) or sentences with raw text; expected "
+                "Karpathy's format"
             ) from None
         if split == "restval" and not restval:
             continue
         meta = {key: entry[key] for key in ("imgid", "cocoid", "sentids") if key in entry}
-        item = Item(f"{entry['filepath']}/{name}" if entry.get("filepath") else name, captions, meta)
+        item = Item(f"{folder}/{name}" if folder else name, captions, meta)
         splits.setdefault("train" if split == "restval" else split, []).append(item)
     return splits
 
@@ -120,9 +126,10 @@ def _samples(items: list[Item], root: Path, count: ImportCount, bar: Progress) -
             count.captionless += 1
             get_logger().warning("skipped %s: no caption", item.image)
             continue
+        path = _below(root, item.image)
         try:
-            picture = (root / item.image).read_bytes()
-        except OSError:
+            picture = path.read_bytes()
+        except (OSError, ValueError):  # a name may hold what no file's name can
             count.missing.append(item.image)
             get_logger().warning("skipped %s: no such picture in %s", item.image, root)
             continue
@@ -133,6 +140,14 @@ def _samples(items: list[Item], root: Path, count: ImportCount, bar: Progress) -
             "txt": captions[0],
             "json": {"captions": captions, "image": item.image, **item.meta},
         }
+
+
+def _below(root: Path, image: str) -> Path:
+    """Annotations come from elsewhere; they must not have other files of this machine copied into shards."""
+    path = Path(os.path.normpath(root / image))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise ValueError(f"picture {image!r} lies outside of the picture folder {root}; expected a path below it")
+    return path
 
 
 def _from_tables(path: str | Path, entries: dict) -> list[dict]:

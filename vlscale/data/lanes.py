@@ -1,7 +1,7 @@
 """The order in which samples are seen: blocks, permuted by epoch, dealt to V lanes, shuffled in windows of K blocks.
 
 It is a pure function of (counts of the shards, V, K, seed): nothing about ranks, workers or prefetch enters, and a
-lane's place in it is three numbers a source. S shards, n samples, V lanes, K blocks a window.
+lane's place in it is four numbers a source. S shards, n samples, V lanes, K blocks a window.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,16 @@ import numpy as np
 
 from vlscale.data.keyed import hash64, permute, random64
 
-LANE_STATE = np.dtype(
-    [("epoch", "<u4"), ("position", "<u4"), ("window", "<u8"), ("skipped", "<u8"), ("taken", "<u8")]
-)  # of a lane, for one source
+LANE_STATE = np.dtype(  # of a lane, for one source
+    [
+        ("epoch", "<u4"),
+        ("position", "<u4"),
+        ("window", "<u4"),
+        ("caption", "<u4"),  # with data.captions=all: how many of the next sample's have trained
+        ("skipped", "<u8"),
+        ("taken", "<u8"),
+    ]
+)
 MAX_BLOCK = 1000
 DEFAULT_LANES = 64
 
@@ -47,7 +54,7 @@ class StreamState:
         """Over to other shards: every lane starts its next epoch, as its place in this one means nothing there."""
         rows = self.rows.copy()
         rows["epoch"] += 1
-        rows["window"] = rows["position"] = 0
+        rows["window"] = rows["position"] = rows["caption"] = 0
         return replace(self, manifest=manifest, rows=rows, quarantined=())
 
 
@@ -109,7 +116,7 @@ Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # shards and places (m
 
 
 class SourceLane:
-    """A lane's share of one source: an endless sequence of (epoch, shard, place in the shard).
+    """A lane's share of one source: an endless sequence of samples, by (epoch, shard, place in the shard).
 
     With `buckets` above one, the captions of a window come in so many groups of alike length. The groups' order is that
     of all lanes, and their windows are about equally long, so that a global batch holds captions of alike length.
@@ -136,12 +143,12 @@ class SourceLane:
             raise ValueError(
                 f"source {source} has {table.num_samples} samples, too few for {lanes} lanes; lower data.lanes"
             )
-        self.epoch, self.position, self.window, self.skipped, self.taken = state.item()
+        self.epoch, self.position, self.window, self.caption, self.skipped, self.taken = state.item()
         self._open()
 
     @property
-    def state(self) -> tuple[int, int, int, int, int]:
-        return self.epoch, self.position, self.window, self.skipped, self.taken
+    def state(self) -> tuple[int, int, int, int, int, int]:
+        return self.epoch, self.position, self.window, self.caption, self.skipped, self.taken
 
     @property
     def passes(self) -> int:
@@ -149,15 +156,27 @@ class SourceLane:
         at_end = self.position >= len(self._shards) and (self.window + 1) * self.window_blocks >= self.share
         return self.epoch + at_end
 
-    def next(self) -> tuple[int, int, int]:
+    @property
+    def progress(self) -> float:
+        """Passes over the share so far and the part of this one, counted in blocks."""
+        before = self.window * self.window_blocks
+        blocks = min(self.window_blocks, self.share - before) * self.position / len(self._shards)
+        return self.epoch + (before + blocks) / self.share
+
+    def next(self) -> tuple[int, int, int, int]:
+        """Epoch, shard, place in it, and which of the sample's captions is due: 0 unless the sample was kept."""
         if self.position >= len(self._shards):
             self.window, self.position = self.window + 1, 0
             if self.window * self.window_blocks >= self.share:
                 self.epoch, self.window = self.epoch + 1, 0
             self._open()
-        at = self.position
-        self.position += 1
-        return self.epoch, self._shards[at], self._places[at]
+        at, caption = self.position, self.caption
+        self.position, self.caption = at + 1, 0
+        return self.epoch, self._shards[at], self._places[at], caption
+
+    def keep(self, caption: int) -> None:
+        """The sample that came last comes next too, with this caption."""
+        self.position, self.caption = self.position - 1, caption
 
     def _open(self) -> None:
         """Lists the window's samples in their order. No data is read."""
@@ -191,6 +210,12 @@ class Lane:
 
     def __init__(self, sources: list[SourceLane], weights: tuple[float, ...], max_repeats: int | None):
         self.sources, self.weights, self.max_repeats = sources, weights, max_repeats
+
+    @property
+    def progress(self) -> float:
+        """Passes over its share of all sources together."""
+        sizes = [source.table.num_samples for source in self.sources]
+        return float(np.average([source.progress for source in self.sources], weights=sizes))
 
     def choose(self) -> SourceLane:
         live = range(len(self.sources))

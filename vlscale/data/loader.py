@@ -17,6 +17,7 @@ from vlscale.data.keyed import hash64, uniforms
 from vlscale.data.lanes import LANE_STATE, BlockTable, Lane, SourceLane
 from vlscale.data.manifest import Manifest
 from vlscale.data.reader import Sample, SampleReader
+from vlscale.data.teacher_files import cache_place
 from vlscale.data.teacher_join import TeacherJoin
 from vlscale.sections import DataConfig
 
@@ -38,6 +39,7 @@ class Part:
     states: np.ndarray  # (lanes of the part, sources) LANE_STATE, after these samples
     images: np.ndarray  # (b, S, S, 3) uint8
     second_images: np.ndarray | None
+    progress: np.ndarray | None = None  # (lanes of the part,) passes over their shares, with data.captions=all
     teacher_image: np.ndarray | None = None  # (b, D) float32
     teacher_text: np.ndarray | None = None
     tokens: TokenRows | None = None  # of the captions, where the tokenizer can be had here
@@ -93,6 +95,18 @@ class LoaderJob:
         ]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A sample with its pictures, for as many captions as it trains with."""
+
+    place: tuple[int, int, int]  # epoch, shard, row
+    sample: Sample
+    pair: int
+    draws: np.ndarray
+    picture: np.ndarray  # (S, S, 3)
+    second: np.ndarray | None
+
+
 class PartLoader:
     """Makes the parts of a job, one after another."""
 
@@ -121,7 +135,10 @@ class PartLoader:
             )
             for i, states in enumerate(job.states)
         ]
-        self.teachers = None if job.teacher_cache is None else TeacherJoin(job.teacher_cache, job.manifest)
+        self._opened: _Opened | None = None
+        self.teachers = (
+            None if job.teacher_cache is None else TeacherJoin(cache_place(job.teacher_cache, job.data), job.manifest)
+        )
         self.tokens = None if job.tokenizer is None else FastTokens(job.tokenizer)
         self.pair_field = pair_field(job.data)
         self.with_json = self.pair_field is not None or job.data.caption_key.startswith("json:")
@@ -142,6 +159,8 @@ class PartLoader:
             part.tokens = self.tokens(part.captions)
             part.second_tokens = self.tokens(part.second_captions) if part.second_captions else None
         part.states[:] = [[source.state for source in lane.sources] for lane in self.lanes]
+        if self.data.captions == "all":
+            part.progress = np.array([lane.progress for lane in self.lanes])
         return part
 
     def close(self) -> None:
@@ -151,46 +170,60 @@ class PartLoader:
         """The next sample that is whole, of the source whose turn it is."""
         source = lane.choose()
         for _ in range(_MOST_FAILURES):
-            epoch, shard, row = self._next_place(source)
+            epoch, shard, row, caption = self._next_place(source)
             try:
-                self._load(epoch, shard, row, part)
-                source.taken += 1
-                return
+                due = self._load((epoch, shard, row), caption, part)
             except BadSample as fault:
                 source.skipped += 1
                 last = f"{self.reader.key(shard, row)} of {self.job.manifest.urls[shard]}: {fault}"
                 part.faults.append(last)
+                continue
+            source.taken += 1
+            if due is not None:
+                source.keep(due)
+            return
         raise ValueError(
             f"{_MOST_FAILURES} samples in a row cannot be used, the last is {last}; "
             "`vlscale data check` counts what is wrong"
         )
 
-    def _next_place(self, source: SourceLane) -> tuple[int, int, int]:
+    def _next_place(self, source: SourceLane) -> tuple[int, int, int, int]:
         while True:
-            epoch, shard, row = source.next()
+            epoch, shard, row, caption = source.next()
             if shard not in self.job.quarantined:
-                return epoch, shard, row
+                return epoch, shard, row, caption
             source.skipped += 1
 
-    def _load(self, epoch: int, shard: int, row: int, part: Part) -> None:
-        """Appends the sample to `part`, or raises BadSample and leaves `part` as it was."""
-        sample = self._read(shard, row)
-        key = hash64("sample", self.job.seed, epoch, sample.key)
-        pair = pair_hash(sample, self.pair_field)
-        draws = uniforms(key, 2 * NUM_DRAWS + 2)
-        at = len(part.keys)
-        part.images[at] = self._decode(sample, draws[2 : 2 + NUM_DRAWS])
+    def _load(self, place: tuple[int, int, int], caption: int, part: Part) -> int | None:
+        """Appends the sample to `part`, or raises BadSample and leaves `part` as it was. With data.captions=all,
+        returns the caption that is due after this one; None after the last."""
+        found = self._open(place)
+        sample, at = found.sample, len(part.keys)
+        part.images[at] = found.picture
         if part.second_images is not None:
-            part.second_images[at] = self._decode(sample, draws[2 + NUM_DRAWS :])
-        first, second = self._choose(sample, epoch, draws[:2])
+            part.second_images[at] = found.second
+        first, second = self._choose(sample, place[0], caption, found.draws[:2])
         if self.teachers is not None:
-            rows = self.teachers.rows(shard, sample.key, sample.captions, first)
+            rows = self.teachers.rows(place[1], sample.key, sample.captions, first)
             part.teacher_image[at], part.teacher_text[at] = rows
         part.keys.append(sample.key)
-        part.pair_id.append(pair)
+        part.pair_id.append(found.pair)
         part.captions.append(sample.captions[first])
         if self.job.views.second_caption:
             part.second_captions.append(sample.captions[second])
+        return first + 1 if self.data.captions == "all" and first + 1 < len(sample.captions) else None
+
+    def _open(self, place: tuple[int, int, int]) -> _Opened:
+        """The sample at (epoch, shard, row), decoded once for all of its captions that follow each other."""
+        if self._opened is None or self._opened.place != place:
+            epoch, shard, row = place
+            sample = self._read(shard, row)
+            pair = pair_hash(sample, self.pair_field)
+            draws = uniforms(hash64("sample", self.job.seed, epoch, sample.key), 2 * NUM_DRAWS + 2)
+            picture = self._decode(sample, draws[2 : 2 + NUM_DRAWS])
+            second = self._decode(sample, draws[2 + NUM_DRAWS :]) if self.job.views.second_picture else None
+            self._opened = _Opened(place, sample, pair, draws, picture, second)
+        return self._opened
 
     def _lengths(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Bytes of captions, which go with their tokens and are in the index; 0 in a shard that is left out."""
@@ -213,10 +246,12 @@ class PartLoader:
         data = self.data
         return decode_train(sample.image, self.job.spec, data.augment, data.decode, data.max_pixels, draws)
 
-    def _choose(self, sample: Sample, epoch: int, draws: np.ndarray) -> tuple[int, int]:
+    def _choose(self, sample: Sample, epoch: int, due: int, draws: np.ndarray) -> tuple[int, int]:
         """The number of the caption that trains, and of another one where there is another."""
         captions = len(sample.captions)
         if self.data.captions == "all":
+            first = due % captions
+        elif self.data.captions == "in_turn":
             first = (hash64("caption", self.job.seed, sample.key) + epoch) % captions
         else:
             first = int(draws[0] * captions) if self.data.captions == "random" else 0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from vlscale.logging import get_logger
 from vlscale.sections import DataConfig
 
 INDEX_FOLDER = ".vlscale-index"
+_ENOUGH = 100  # shards without any sample: it is not they that are wrong
+_MOST_TOLD = 100  # left-out samples that the log names
 DAMAGED = "damaged"  # in place of the digest of a shard that is left out
 
 
@@ -82,6 +85,8 @@ def build_manifest(
     for shard in [*range(first, len(shards)), *range(first)]:
         found[shard] = known.get(shards[shard]) or shard_index(shards[shard], data)
         on_shard(found[shard][0].count)
+        if len(found) == _ENOUGH:
+            _check_not_empty([summary for summary, _ in found.values()], data, f"first {_ENOUGH} of {len(shards)}")
     summaries = [found[shard][0] for shard in range(len(shards))]
     manifest = Manifest(
         shards,
@@ -135,11 +140,13 @@ def _remembered(shards: list[str], data: DataConfig) -> dict[str, tuple[ShardSum
     """
     for folder in _folders(shards[0], data.manifest_dir):
         try:
-            entries = json.loads((folder / _manifest_name(shards, data)).read_bytes())
-        except (OSError, ValueError):
+            digest, _, entries = (folder / _manifest_name(shards, data)).read_bytes().partition(b"\n")
+        except OSError:
             continue
-        found = {url: (ShardSummary(**summary), Path(place)) for url, place, summary in entries}
-        return {url: entry for url, entry in found.items() if _is_as_it_was(url, *entry)}
+        if digest != _check(entries):
+            continue
+        found = {url: (ShardSummary.parse(summary), Path(place)) for url, place, summary in json.loads(entries)}
+        return {url: (summary, place) for url, (summary, place) in found.items() if _is_as_it_was(url, summary, place)}
     return {}
 
 
@@ -158,16 +165,22 @@ def _remember(manifest: Manifest, summaries: list[ShardSummary], data: DataConfi
         for url, place, summary in zip(manifest.urls, manifest.index_paths, summaries, strict=True)
         if summary.digest != DAMAGED
     ]
+    content = json.dumps(entries).encode()
     for folder in _folders(manifest.urls[0], data.manifest_dir):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / _manifest_name(manifest.urls, data)
             partial = partial_of(path)
-            partial.write_text(json.dumps(entries))
+            partial.write_bytes(_check(content) + b"\n" + content)
             os.replace(partial, path)
             return
         except OSError:
             continue  # it only saves time, and another folder may do
+
+
+def _check(content: bytes) -> bytes:
+    """Stands before the entries: what a damaged file tells must not pass for the corpus."""
+    return blake2b(content, digest_size=16).hexdigest().encode()
 
 
 def _manifest_name(shards: list[str], data: DataConfig) -> str:
@@ -194,16 +207,23 @@ def _places(url: str, keys: MemberKeys, folder: str | None) -> list[Path]:
 
 
 def _tell(manifest: Manifest, summaries: list[ShardSummary], data: DataConfig) -> None:
-    """One log line for every left-out sample that is named, and an error when nothing is left."""
-    for summary, url in zip(summaries, manifest.urls, strict=True):
-        for line in summary.named:
-            get_logger().warning("left out %s (%s)", line, url)
+    """A log line for each of the first left-out samples and for all by their reason; an error when nothing is left."""
+    _check_not_empty(summaries, data, str(len(summaries)))
+    named = ((line, url) for summary, url in zip(summaries, manifest.urls, strict=True) for line in summary.named)
+    for line, url in islice(named, _MOST_TOLD):
+        get_logger().warning("left out %s (%s)", line, url)
     if manifest.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.most_common())
-        get_logger().warning("left out when indexing: %s", reasons)
-    if manifest.num_samples == 0:
-        found = f" (left out: {dict(manifest.skipped)})" if manifest.skipped else ""
-        raise ValueError(
-            f"the {len(manifest.urls)} shards hold no sample with a picture ({', '.join(data.image_keys)}) "
-            f"and a caption ({data.caption_key}){found}; check data.image_keys and data.caption_key"
-        )
+        more = f"; `vlscale data check` names more than {_MOST_TOLD}" if manifest.skipped.total() > _MOST_TOLD else ""
+        get_logger().warning("left out when indexing: %s%s", reasons, more)
+
+
+def _check_not_empty(summaries: list[ShardSummary], data: DataConfig, which: str) -> None:
+    if any(summary.count for summary in summaries):
+        return
+    skipped = sum((Counter(summary.skipped) for summary in summaries), Counter())
+    found = f" (left out: {dict(skipped)})" if skipped else ""
+    raise ValueError(
+        f"the {which} shards hold no sample with a picture ({', '.join(data.image_keys)}) "
+        f"and a caption ({data.caption_key}){found}; check data.image_keys and data.caption_key"
+    )

@@ -52,6 +52,12 @@ class SampleReader:
             raise BadSample("empty caption", f"{self.manifest.urls[shard]} has no text in it")
         return Sample(index.key_at(key, key_size), picture, captions, meta)
 
+    def read_json(self, shard: int, row: int) -> dict[str, Any]:
+        """Of a sample that has one. Raises as `read`."""
+        index, file = self._shard(shard)
+        at, size = index.rows[row][["json", "json_size"]].item()
+        return parse_json(file.read(at, size))
+
     def text_sizes(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """Bytes of the captions' members, (m,)."""
         return self._shard(shard)[0].rows["text_size"][rows]

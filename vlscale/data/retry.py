@@ -23,8 +23,8 @@ def with_retries(action: Callable[[], Result], shard: str) -> Result:
     while True:
         try:
             return action()
-        except FileNotFoundError as error:
-            raise BadShard(f"shard {shard} cannot be read: {error.strerror}") from error
+        except (FileNotFoundError, PermissionError) as error:
+            raise BadShard(f"shard {shard} cannot be read: {error.strerror or error}") from error
         except CacheFull:
             raise
         except OSError as error:

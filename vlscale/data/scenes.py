@@ -138,13 +138,22 @@ def _codes(scenes: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.nda
     """Objects as two numbers each, (n, 4, 2), filled up with "no object"; how many, (n,); backgrounds, (n,)."""
     things = np.empty((len(scenes), MAX_OBJECTS, 2), dtype=np.int64)
     things[:] = len(SHAPES) * len(COLOURS), len(SIZES) * len(TEXTURES) * len(PLACES)
+    counts, grounds = np.empty(len(scenes), dtype=np.float32), np.empty(len(scenes), dtype=np.int64)
     for i, scene in enumerate(scenes):
-        for j, thing in enumerate(scene["objects"]):
-            shape, colour, size, texture, place = (CHOICES[name].index(thing[name]) for name in CHOICES)
-            things[i, j, 0] = shape * len(COLOURS) + colour
-            things[i, j, 1] = (size * len(TEXTURES) + texture) * len(PLACES) + place
-    counts = np.array([len(scene["objects"]) for scene in scenes], dtype=np.float32)
-    return things, counts, np.array([BACKGROUNDS.index(scene["background"]) for scene in scenes])
+        try:
+            counts[i], grounds[i] = len(scene["objects"]), BACKGROUNDS.index(scene["background"])
+            if counts[i] == 0:
+                raise ValueError
+            for j, thing in enumerate(scene["objects"]):
+                shape, colour, size, texture, place = (CHOICES[name].index(thing[name]) for name in CHOICES)
+                things[i, j, 0] = shape * len(COLOURS) + colour
+                things[i, j, 1] = (size * len(TEXTURES) + texture) * len(PLACES) + place
+        except (LookupError, TypeError, ValueError):
+            raise ValueError(
+                f"sample {i}'s scene cannot be read: expected a background and one to {MAX_OBJECTS} objects with "
+                f"{', '.join(CHOICES)}, as `vlscale data synth` writes them"
+            ) from None
+    return things, counts, grounds
 
 
 @cache

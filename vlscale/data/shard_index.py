@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,16 @@ class ShardSummary:
     digest: str  # of the index's content: the same bytes in another folder have the same
     skipped: dict[str, int]  # left-out samples by reason
     named: list[str]  # the first of them, each with its reason
+
+    @classmethod
+    def parse(cls, values: Any) -> "ShardSummary | None":
+        """From a file's json; None for anything else than what was written."""
+        kinds = {"size": int, "version": int, "count": int, "digest": str, "skipped": dict, "named": list}
+        if not isinstance(values, dict) or values.keys() != kinds.keys():
+            return None
+        if not all(isinstance(values[name], kind) for name, kind in kinds.items()) or values["count"] < 0:
+            return None
+        return cls(**values)
 
 
 @dataclass
@@ -104,4 +115,4 @@ def load_summary(path: Path) -> ShardSummary | None:
         return None
     if start != _MAGIC + blake2b(head, digest_size=_HASH).digest():
         return None
-    return ShardSummary(**json.loads(head))
+    return ShardSummary.parse(json.loads(head))

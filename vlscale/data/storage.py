@@ -12,10 +12,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlscale.data.faults import BadShard
 from vlscale.data.retry import CacheFull, with_retries
@@ -25,7 +26,7 @@ from vlscale.sections import DataConfig
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "abfs", "az", "hdfs", "memory")
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 _TIMEOUT = 60.0  # seconds without an answer
-_GONE = (401, 403, 404, 410)
+_REFUSED = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError, 410: FileNotFoundError}
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _ABANDONED = 3600.0  # seconds after which a partial copy belongs to nobody
 
@@ -51,6 +52,11 @@ def scheme_of(url: str) -> str | None:
     """`http` of an url, None of a path."""
     found = _SCHEME.match(url)
     return found[1].lower() if found else None
+
+
+def path_of(url: str) -> str:
+    """A path, or what a `file:` url names."""
+    return url.split(":", 1)[1].removeprefix("//") if scheme_of(url) == "file" else url
 
 
 def stamp(url: str) -> Stamp:
@@ -244,7 +250,7 @@ class _Http:
         try:
             return urllib.request.urlopen(request, timeout=_TIMEOUT)
         except urllib.error.HTTPError as error:
-            kind = FileNotFoundError if error.code in _GONE else OSError
+            kind = _REFUSED.get(error.code, OSError)
             raise kind(errno.EIO, f"the server answers {error.code} {error.reason}") from None
 
     @staticmethod
@@ -260,26 +266,31 @@ class _Fsspec:
     url: str
 
     def stamp(self) -> Stamp:
-        files, path = self._open()
-        found = files.info(path)
+        found = self._ask(lambda files, path: files.info(path))
         marks = [str(found.get(mark, "")) for mark in ("ETag", "etag", "LastModified", "mtime", "updated", "created")]
         return Stamp(int(found["size"]), _version(" ".join(marks)))
 
     def read(self, start: int, size: int) -> bytes:
-        files, path = self._open()
-        return files.cat_file(path, start=start, end=start + size)
+        return self._ask(lambda files, path: files.cat_file(path, start=start, end=start + size))
 
     def download(self, path: Path) -> None:
-        files, remote = self._open()
-        files.get_file(remote, str(path))
+        self._ask(lambda files, remote: files.get_file(remote, str(path)))
 
-    def _open(self):
+    def _ask(self, action: Callable[[Any, str], Any]) -> Any:
+        """`action` of the store and the path in it. All its errors are an OSError, of whose kind none is tried again
+        that another try would meet again."""
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.url)
+            return action(*fsspec.core.url_to_fs(self.url))
         except ImportError as error:
             raise ValueError(f"{self.url}: {error}") from None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "the store has no such object") from error
+        except OSError:
+            raise
+        except Exception as error:  # each store's client has errors of its own
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def _version(marks: str) -> int:

@@ -147,8 +147,9 @@ class TrainStream:
             second_input_ids=second[0],
             second_attention_mask=second[1],
             state=state,
-            epoch=state.samples / self.manifest.num_samples,
+            epoch=state.samples / self.manifest.num_samples if part.progress is None else float(part.progress.mean()),
             skipped=int(part.states["skipped"].sum()),
+            second_captions=part.second_captions if self.views.second_caption else None,
             teacher_image=None if part.teacher_image is None else torch.from_numpy(part.teacher_image),
             teacher_text=None if part.teacher_text is None else torch.from_numpy(part.teacher_text),
             truncated=cut,
@@ -163,6 +164,7 @@ class TrainStream:
 def _continue(state: StreamState, fresh: StreamState) -> StreamState:
     """The state to go on from, or an error that says what has changed since it was saved."""
     changed = {
+        "the form of the stream's state": (state.rows.dtype.names, fresh.rows.dtype.names),
         "the shards (their manifest)": (state.manifest, fresh.manifest),
         "train.seed": (state.seed, fresh.seed),
         "data.lanes": (state.lanes, fresh.lanes),

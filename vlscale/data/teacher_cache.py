@@ -11,7 +11,8 @@ A shard's file holds, for its n samples with T captions, ordered by the hash of 
     left_out      int64, ascending: hashes of the keys of samples that the teachers could not be shown
 
 Since files are named by the content of their shard, a cache serves any corpus made of shards that it holds, in any
-order and wherever they lie. Files are mapped, not read: what is in memory is what was asked for.
+order and wherever they lie. Files are mapped, not read: what is in memory is what was asked for. A finished cache may
+lie below an url (`teacher_files`).
 """
 
 import itertools
@@ -19,6 +20,7 @@ import json
 import mmap
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
@@ -26,8 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vlscale.data.faults import BadShard
 from vlscale.data.keyed import hash64
 from vlscale.data.storage import partial_of
+from vlscale.data.teacher_files import Place, content_of, head_of, name_of
 
 HEADER = "header.json"
 DTYPES = {"fp16": "F16", "bf16": "BF16"}
@@ -90,9 +94,12 @@ class TeacherRows:
     left_out: list[str]  # (m,)
 
 
-def read_header(folder: Path) -> CacheHeader:
+def read_header(folder: Place) -> CacheHeader:
+    where = name_of(folder, HEADER)
     try:
-        told = json.loads((folder / HEADER).read_bytes())
+        file = head_of(folder, HEADER)
+        told = json.loads(file.read(0, file.size))
+        file.close()
         image, text = (TeacherFacts(**told[name]) for name in ("image", "text"))
         rest = {field.name: told[field.name] for field in fields(CacheHeader)} | {"image": image, "text": text}
         header = CacheHeader(**rest)
@@ -101,20 +108,26 @@ def read_header(folder: Path) -> CacheHeader:
         raise BadTeacherCache(
             f"{folder} holds no teacher cache: expected {HEADER} there, as `vlscale data teach` writes it"
         ) from None
+    except BadShard as error:
+        raise BadTeacherCache(f"{where} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise BadTeacherCache(f"{folder / HEADER} is damaged or of another version; run `vlscale data teach` again")
+        raise BadTeacherCache(f"{where} is damaged or of another version; run `vlscale data teach` again")
     if not (image.width > 0 and text.width > 0):
         raise BadTeacherCache(
-            f"{folder / HEADER} says widths {image.width} (image) and {text.width} (text): expected above 0; "
+            f"{where} says widths {image.width} (image) and {text.width} (text): expected above 0; "
             "run `vlscale data teach` again"
         )
     return header
 
 
+def shard_name(digest: str) -> str:
+    return f"{digest}.safetensors"
+
+
 def shard_file(folder: Path, digest: str) -> Path:
-    return folder / f"{digest}.safetensors"
+    return folder / shard_name(digest)
 
 
 def write_shard_file(folder: Path, header: CacheHeader, digest: str, url: str, rows: TeacherRows) -> None:
@@ -148,37 +161,71 @@ def write_shard_file(folder: Path, header: CacheHeader, digest: str, url: str, r
     os.replace(partial, path)
 
 
-class ShardFile:
-    """One shard's rows, mapped. Raises BadTeacherCache for a file that is damaged or of another cache or shard."""
+class ShardHead:
+    """What the head of a shard's file tells: how much it holds. Raises BadTeacherCache for a file that is damaged or of
+    another cache or shard, FileNotFoundError where there is none."""
 
-    def __init__(self, folder: Path, header: CacheHeader, digest: str):
-        self.path, self.dtype = shard_file(folder, digest), header.dtype
+    def __init__(self, folder: Place, header: CacheHeader, digest: str):
+        name = shard_name(digest)
+        self.path, self.dtype = name_of(folder, name), header.dtype
         try:
-            metadata, self._arrays = _map(self.path)
+            self._layout = self._read(folder, name)
         except FileNotFoundError:
             raise
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except BadShard as error:
+            raise BadTeacherCache(f"teacher cache file {self.path} cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
+        metadata, shape = self._layout.metadata, self._layout.shapes
         if metadata.get("stamp") != header.stamp:
             raise BadTeacherCache(
                 f"teacher cache file {self.path} was made by another teacher or preprocessing than {HEADER} beside it "
                 "names; run `vlscale data teach` into a new folder"
             )
-        a = self._arrays
-        n, captions = len(a["key_hash"]), len(a["caption_check"])
-        shapes = (len(a["key_end"]), len(a["first_caption"]) - 1, *a["image"].shape, *a["text"].shape)
-        ends = (a["first_caption"][-1], a["key_end"][-1] if n else 0)
+        (n,), (captions,), (ends,), (firsts,) = (
+            shape[i] for i in ("key_hash", "caption_check", "key_end", "first_caption")
+        )
+        shapes = (ends, firsts - 1, *shape["image"], *shape["text"])
         expected = (n, n, n, header.image.width, captions, header.text.width)
-        if metadata.get("digest") != digest or shapes != expected or ends != (captions, len(a["key_bytes"])):
+        if metadata.get("digest") != digest or shapes != expected:
             raise self._damaged(f"its arrays do not fit together: {shapes}")
 
     def __len__(self) -> int:
         """Samples with rows."""
-        return len(self._arrays["key_hash"])
+        return self._layout.shapes["key_hash"][0]
 
     @property
     def left_out(self) -> int:
-        return len(self._arrays["left_out"])
+        return self._layout.shapes["left_out"][0]
+
+    def _read(self, folder: Place, name: str) -> "_Layout":
+        file = head_of(folder, name)
+        try:
+            return _Layout.read(file.read, file.size)
+        finally:
+            file.close()
+
+    def _damaged(self, why: str) -> BadTeacherCache:
+        return BadTeacherCache(
+            f"teacher cache file {self.path} is damaged ({why}); delete it and run the same `vlscale data teach` again"
+        )
+
+
+class ShardFile(ShardHead):
+    """One shard's rows, mapped."""
+
+    def __init__(self, folder: Place, header: CacheHeader, digest: str):
+        super().__init__(folder, header, digest)
+        a = self._arrays
+        ends = (a["first_caption"][-1], a["key_end"][-1] if len(self) else 0)
+        if ends != (len(a["caption_check"]), len(a["key_bytes"])):
+            raise self._damaged(f"its arrays do not fit together: {ends}")
+
+    def _read(self, folder: Place, name: str) -> "_Layout":
+        content = content_of(folder, name)
+        layout = _Layout.read(lambda start, size: content[start : start + size], len(content))
+        self._arrays = layout.arrays(content)
+        return layout
 
     def keys(self) -> list[str]:
         raw, ends = self._arrays["key_bytes"].tobytes(), [0, *self._arrays["key_end"].tolist()]
@@ -215,11 +262,6 @@ class ShardFile:
             raise self._damaged(f"{name} row {row} has length {float(wide @ wide) ** 0.5:.3g}, expected 1")
         return wide
 
-    def _damaged(self, why: str) -> BadTeacherCache:
-        return BadTeacherCache(
-            f"teacher cache file {self.path} is damaged ({why}); delete it and run the same `vlscale data teach` again"
-        )
-
 
 def key_hash(key: str) -> int:
     """63 bits, so that it fits an int64."""
@@ -245,23 +287,44 @@ def _save(path: Path, arrays: dict[str, tuple[str, np.ndarray]], metadata: dict[
             file.write(np.ascontiguousarray(array).data)
 
 
-def _map(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Metadata and arrays of a safetensors file, without reading them."""
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(content[:8], "little")
-    if start > len(content):
-        raise ValueError(f"cut short at {len(content)} bytes")
-    told = json.loads(content[8:start])
-    arrays = {}
-    for name in _NAMES:
-        first, end = told[name]["data_offsets"]
-        dtype, shape = np.dtype(_NUMPY[told[name]["dtype"]]), told[name]["shape"]
-        count = int(np.prod(shape, dtype=np.int64))
-        if start + end > len(content) or end - first != count * dtype.itemsize:
-            raise ValueError(f"cut short at {len(content)} bytes")
-        arrays[name] = np.frombuffer(content, dtype, count, start + first).reshape(shape)
-    return told["__metadata__"], arrays
+@dataclass(frozen=True)
+class _Layout:
+    """Where the arrays of a safetensors file lie."""
+
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+    starts: dict[str, int]
+
+    @classmethod
+    def read(cls, read: Callable[[int, int], bytes], size: int) -> "_Layout":
+        """`read(at, size)` reads the file of `size` bytes. Raises ValueError where it does not hold its arrays."""
+        short = ValueError(f"cut short at {size} bytes")
+        start = 8 + int.from_bytes(read(0, min(8, size)), "little")
+        if start > size:
+            raise short
+        told = json.loads(read(8, start - 8))
+        if not isinstance(told["__metadata__"], dict):
+            raise ValueError("its metadata is no object")
+        layout = cls(told["__metadata__"], {}, {}, {})
+        for name in _NAMES:
+            first, end = told[name]["data_offsets"]
+            layout.shapes[name], layout.starts[name] = tuple(told[name]["shape"]), start + first
+            if len(layout.shapes[name]) != 1 + (name in ("image", "text")) or min(layout.shapes[name]) < 0:
+                raise ValueError(f"{name} of shape {layout.shapes[name]}")
+            layout.dtypes[name] = np.dtype(_NUMPY[told[name]["dtype"]])
+            if start + end > size or end - first != layout._count(name) * layout.dtypes[name].itemsize:
+                raise short
+        return layout
+
+    def arrays(self, content: mmap.mmap | bytes) -> dict[str, np.ndarray]:
+        return {
+            name: np.frombuffer(content, self.dtypes[name], self._count(name), self.starts[name]).reshape(shape)
+            for name, shape in self.shapes.items()
+        }
+
+    def _count(self, name: str) -> int:
+        return int(np.prod(self.shapes[name], dtype=np.int64))
 
 
 def _find(sorted_hashes: np.ndarray, wanted: int) -> int | None:

@@ -9,7 +9,8 @@ import numpy as np
 from vlscale.data.faults import BadSample
 from vlscale.data.manifest import Manifest
 from vlscale.data.shard_index import ShardIndex
-from vlscale.data.teacher_cache import BadTeacherCache, CacheHeader, ShardFile, caption_check, read_header
+from vlscale.data.teacher_cache import BadTeacherCache, CacheHeader, ShardFile, ShardHead, caption_check, read_header
+from vlscale.data.teacher_files import Place
 from vlscale.sections import DataConfig
 
 _OPEN_FILES = 128
@@ -19,8 +20,8 @@ _NAMED = 3
 class TeacherJoin:
     """Finds rows of one corpus. Keeps the files used last mapped. One a thread or process."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest):
-        self.folder, self.manifest = Path(folder).expanduser(), manifest
+    def __init__(self, folder: Place, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
         self.header = read_header(self.folder)
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
@@ -82,28 +83,29 @@ class Lacking:
         return total
 
 
-def find_lacking(folder: Path, manifest: Manifest, *, part: tuple[int, int] = (0, 1)) -> Lacking:
+def find_lacking(folder: Place, manifest: Manifest, *, part: tuple[int, int] = (0, 1)) -> Lacking:
     """What the cache lacks of shards `part[0]`, `part[0] + part[1]`, ...: each file's head is read, not its rows."""
     header, lacking = read_header(folder), Lacking()
+    look = ShardFile if isinstance(folder, Path) else ShardHead  # below an url, no more than heads is fetched
     for shard in range(part[0], len(manifest.urls), part[1]):
         count = int(manifest.counts[shard])
         if count == 0:
             continue
         try:
-            file = ShardFile(folder, header, manifest.digests[shard])
+            file = look(folder, header, manifest.digests[shard])
+            if len(file) + file.left_out < count:
+                whole = ShardFile(folder, header, manifest.digests[shard])
+                missing = _missing_keys(whole, manifest.index(shard))
+                lacking.keys += len(missing)
+                lacking.first_keys += missing[:_NAMED]
         except FileNotFoundError:
             lacking.shards.append(manifest.urls[shard])
         except BadTeacherCache as error:
             lacking.damaged.append(str(error))
-        else:
-            if len(file) + file.left_out < count:
-                missing = _missing_keys(file, manifest.index(shard))
-                lacking.keys += len(missing)
-                lacking.first_keys += missing[:_NAMED]
     return lacking
 
 
-def check_cache(header: CacheHeader, folder: Path, data: DataConfig, manifest: Manifest, lacking: Lacking) -> None:
+def check_cache(header: CacheHeader, folder: Place, data: DataConfig, manifest: Manifest, lacking: Lacking) -> None:
     """Raises BadTeacherCache for what can be known to be wrong before the first batch."""
     for name, ours, theirs in (
         ("caption_key", data.caption_key, header.caption_key),

@@ -5,7 +5,8 @@ import os
 
 import braceexpand
 
-from vlscale.data.storage import SCHEMES, scheme_of
+from vlscale.data.storage import SCHEMES, path_of, scheme_of
+from vlscale.logging import HIDDEN
 
 
 def expand(urls: list[str] | str | None, what: str = "data.train", *, pipes: str | None = None) -> list[str]:
@@ -20,6 +21,7 @@ def expand(urls: list[str] | str | None, what: str = "data.train", *, pipes: str
     shards: list[str] = []
     for pattern in [urls] if isinstance(urls, str) else urls:
         for url in braceexpand.braceexpand(pattern, escape=False):
+            _check_whole(url, what)
             shards += [url] if pipes is not None and scheme_of(url) == "pipe" else _matches(url, pattern, what)
     repeated = next((url for url in shards if shards.count(url) > 1), None) if len(set(shards)) < len(shards) else None
     if repeated:
@@ -36,6 +38,14 @@ def expand_sources(
     return [shard for part in parts for shard in part], [number for number, part in enumerate(parts) for _ in part]
 
 
+def _check_whole(url: str, what: str) -> None:
+    if HIDDEN in url and scheme_of(url) not in (None, "file"):
+        raise ValueError(
+            f"{what}: the credentials in {url} were left out when it was kept; give the whole url again, or "
+            "credentials by the environment or the files of the store's own tools"
+        )
+
+
 def _matches(url: str, pattern: str, what: str) -> list[str]:
     scheme = scheme_of(url)
     if scheme is not None and scheme not in SCHEMES:
@@ -44,7 +54,7 @@ def _matches(url: str, pattern: str, what: str) -> list[str]:
             f"{what}: scheme {scheme!r} of {url} is not allowed; expected a path or {', '.join(SCHEMES)}{allow}"
         )
     if scheme == "file":
-        url = url.removeprefix(f"{url[:4]}:").removeprefix("//")
+        url = path_of(url)
     elif scheme is not None:
         if glob.has_magic(url):
             raise ValueError(

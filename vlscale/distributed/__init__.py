@@ -3,6 +3,7 @@
 from vlscale.distributed.agree import Agreement
 from vlscale.distributed.blocks import COMMS, Block, Blocks, Gather, choose_comm
 from vlscale.distributed.collectives import all_gather, all_reduce
+from vlscale.distributed.exchange import Exchange, plan_exchange
 from vlscale.distributed.gather import gather_rows
 from vlscale.distributed.half_ring import HalfRing
 from vlscale.distributed.ranks import Ranks
@@ -15,6 +16,7 @@ __all__ = [
     "Agreement",
     "Block",
     "Blocks",
+    "Exchange",
     "Gather",
     "HalfRing",
     "Ranks",
@@ -25,5 +27,6 @@ __all__ = [
     "count_traffic",
     "gather_rows",
     "mean_over_ranks",
+    "plan_exchange",
     "sum_over_ranks",
 ]

@@ -11,6 +11,7 @@ from zlib import crc32
 
 import torch
 
+from vlscale.distributed.arrival import arrived
 from vlscale.distributed.collectives import all_reduce
 from vlscale.distributed.ranks import Ranks
 
@@ -39,6 +40,7 @@ class Agreement:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not isinstance(error, ValueError):
             return
+        arrived()
         brought = (self._rows, self._details, None if error is None else str(error))
         mark = crc32(repr(brought).encode())
         marks = self.largest.new_tensor([mark, -mark])

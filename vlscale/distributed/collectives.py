@@ -40,6 +40,14 @@ def all_reduce(values: torch.Tensor, ranks: Ranks, *, largest: bool = False) -> 
     return total
 
 
+def all_to_all(rows: torch.Tensor, sent: Sequence[int], arriving: Sequence[int], ranks: Ranks) -> torch.Tensor:
+    """Rows that stand by receiver, `sent` of them for each rank, to those of every rank for this one, by sender."""
+    arrived = rows.new_empty((sum(arriving), *rows.shape[1:]))
+    dist.all_to_all_single(arrived, rows.contiguous(), list(arriving), list(sent), group=ranks.group)
+    received("all_to_all", arrived, 1 - arriving[ranks.rank] / max(sum(arriving), 1))
+    return arrived
+
+
 class Transfer:
     """Tensors on their way to one rank while others arrive from another; `wait` hands over those that arrived.
 

@@ -10,9 +10,11 @@ its sample's `sentids`.
 """
 
 import csv
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from vlscale.evaluate.bootstrap import Estimate
 from vlscale.evaluate.embed import EmbeddedCorpus
 from vlscale.evaluate.metrics import at_r_chance, best_positive, precision_at_r, recall_chance
 from vlscale.evaluate.spearman import sampled_spearman, spearman
-from vlscale.evaluate.tasks import Columns, Own, blocks
+from vlscale.evaluate.tasks import Columns, Own, blocks, with_reranked
 
 COUNTS = {  # split -> images, captions
     "flickr30k": {"test": (1000, 5000), "val": (1014, 5070)},
@@ -50,20 +52,27 @@ def check_counts(name: str, corpus: EmbeddedCorpus, notes: list[str]) -> None:
         )
 
 
-def folds(corpus: EmbeddedCorpus) -> Iterator[EmbeddedCorpus]:
-    """Runs of FOLD images in the corpus's order, with their captions; a rest smaller than a fold is left out."""
+def fold_slices(corpus: EmbeddedCorpus) -> list[slice]:
+    """Runs of FOLD images in the corpus's order; a rest smaller than a fold is left out."""
     if len(corpus.keys) < FOLD:
         raise ValueError(f"protocol coco-1k needs folds of {FOLD:,} images, got {len(corpus.keys):,} images")
-    for start in range(0, len(corpus.keys) // FOLD * FOLD, FOLD):
-        inside = ((corpus.text_image >= start) & (corpus.text_image < start + FOLD)).nonzero()[:, 0]
+    return [slice(start, start + FOLD) for start in range(0, len(corpus.keys) // FOLD * FOLD, FOLD)]
+
+
+def folds(corpus: EmbeddedCorpus) -> Iterator[EmbeddedCorpus]:
+    """Each fold a corpus of its own, with its captions."""
+    for images in fold_slices(corpus):
+        start = images.start
+        inside = ((corpus.text_image >= start) & (corpus.text_image < images.stop)).nonzero()[:, 0]
         yield replace(
             corpus,
-            keys=corpus.keys[start : start + FOLD],
-            image_emb=corpus.image_emb[start : start + FOLD],
+            keys=corpus.keys[images],
+            image_emb=corpus.image_emb[images],
             text_emb=corpus.text_emb[inside],
             text_image=corpus.text_image[inside] - start,
             captions=[corpus.captions[place] for place in inside.tolist()],
-            meta=corpus.meta[start : start + FOLD],
+            meta=corpus.meta[images],
+            reranked=corpus.reranked and corpus.reranked.inside(images, inside),
         )
 
 
@@ -106,8 +115,10 @@ def identify(corpus: EmbeddedCorpus) -> Identity:
     counted = [0] * len(numbers)
     for place, owner in enumerate(corpus.text_image.tolist()):
         sentids = corpus.meta[owner].get("sentids", [])
+        if not isinstance(sentids, list) or not all(isinstance(number, Integral) for number in sentids):
+            raise ValueError(f"sample {corpus.keys[owner]}: expected sentids as a list of numbers, got {sentids!r}")
         if counted[owner] < len(sentids):
-            caption[int(sentids[counted[owner]])] = place
+            caption[sentids[counted[owner]]] = place
         counted[owner] += 1
     return Identity(image, caption)
 
@@ -123,7 +134,7 @@ def eccv(corpus: EmbeddedCorpus, notes: list[str]) -> Columns:
     for prefix, table in (("eccv", truth.eccv_gts), ("cxc", truth.cxc_gts)):
         for task in ("i2t", "t2i"):
             positives = _found(table[task], *who.places(task), f"{prefix} {task}", notes)
-            columns |= listed_columns(corpus, task, positives, f"{prefix}:")
+            columns |= with_reranked(listed_columns, corpus, task, positives, f"{prefix}:")
     return columns
 
 
@@ -139,7 +150,7 @@ def cxc(corpus: EmbeddedCorpus, folder: Path | None, notes: list[str]) -> tuple[
         if not files[kind]:
             notes.append(f"cxc: no {kind}*.csv, so {kind.upper()} is not measured")
             continue
-        rows = [row for path in files[kind] for row in _rated(path)]
+        rows = [row for path in files[kind] for row in read_ratings(path)]
         asks, gallery = who.places(task)
         known = [(asks[a], gallery[b], score) for a, b, score in rows if a in asks and b in gallery]
         if len(known) < len(rows):
@@ -152,7 +163,7 @@ def cxc(corpus: EmbeddedCorpus, folder: Path | None, notes: list[str]) -> tuple[
         estimates[f"cxc:{kind}/spearman/chance"] = Estimate(0.0, np.empty(0), len(known))
         for direction in (task, "i2t") if kind == "sits" else (task,):
             positives = _relevant(corpus, direction, known if direction == task else [(b, a, s) for a, b, s in known])
-            columns |= listed_columns(corpus, direction, positives, "cxc:")
+            columns |= with_reranked(listed_columns, corpus, direction, positives, "cxc:")
     return columns, estimates
 
 
@@ -207,7 +218,9 @@ class _Listed:
 
 def _image_number(key: str, meta: dict) -> int | None:
     if "cocoid" in meta:
-        return int(meta["cocoid"])
+        if not isinstance(meta["cocoid"], Integral):
+            raise ValueError(f"sample {key}: expected cocoid as a number, got {meta['cocoid']!r}")
+        return meta["cocoid"]
     digits = re.search(r"(\d+)$", key)
     return int(digits[1]) if digits else None
 
@@ -226,17 +239,23 @@ def _found(table: dict[int, list[int]], asks: dict[int, int], gallery: dict[int,
     return positives
 
 
-def _rated(path: Path) -> list[tuple[int, int, float]]:
+def read_ratings(path: Path) -> list[tuple[int, int, float]]:
     """Pairs of a CxC file: the numbers of its first two columns' names, and the score."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         try:
             first, second = (reader.fieldnames or [])[:2]
-            return [(_number(row[first]), _number(row[second]), float(row["agg_score"])) for row in reader]
-        except (KeyError, ValueError, TypeError):
+            return [(_number(row[first]), _number(row[second]), _score(row["agg_score"])) for row in reader]
+        except (KeyError, ValueError, TypeError, csv.Error):
             raise ValueError(
                 f"{path}: expected CxC's columns, two names that end in numbers and agg_score; line {reader.line_num}"
             ) from None
+
+
+def _score(text: str) -> float:
+    if not math.isfinite(score := float(text)):
+        raise ValueError(text)
+    return score
 
 
 def _number(name: str) -> int:

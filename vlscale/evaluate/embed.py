@@ -14,6 +14,7 @@ from vlscale.data.images import MAX_PIXELS, ImageSpec, decode_eval, normalise
 from vlscale.data.samples import Sample, open_corpus, read_manifest
 from vlscale.data.tokens import tokenise
 from vlscale.distributed import Ranks
+from vlscale.evaluate.reranked import Reranked
 from vlscale.logging import get_logger
 from vlscale.progress import Progress
 from vlscale.sections import DataConfig
@@ -29,6 +30,7 @@ class EmbeddedCorpus:
     text_image: Tensor  # (T,) int64: the image each caption belongs to
     captions: list[str]  # (T,)
     meta: list[dict]  # (I,) each sample's json
+    reranked: Reranked | None = None  # what a fusion encoder said of the nearest candidates, where it was asked
 
 
 class Encoder(Protocol):
@@ -68,7 +70,7 @@ def embed_corpus(
     samples, parts = read_manifest(manifest, data, shard=(ranks.rank, ranks.size)), []
     if progress is not None:
         progress.expect(manifest.num_samples // ranks.size)
-    for batch in _in_step(samples, batch_size, ranks):
+    for batch in in_step(samples, batch_size, ranks):
         parts.append(embed_batch(encoder, batch, preprocess, ranks.device, data.max_pixels))
         if progress is not None:
             progress.advance(len(batch))
@@ -89,7 +91,7 @@ def embed_corpus(
     )
 
 
-def _in_step(samples: Iterator[Sample], batch_size: int, ranks: Ranks) -> Iterator[list[Sample]]:
+def in_step(samples: Iterator[Sample], batch_size: int, ranks: Ranks) -> Iterator[list[Sample]]:
     """Batches until every rank has run out; a rank that has run out gets empty ones."""
     while True:
         batch = list(islice(samples, batch_size))
@@ -105,8 +107,21 @@ def embed_batch(
     device: torch.device,
     max_pixels: int = MAX_PIXELS,
 ):
-    """Keys, captions, json, captions a sample, and the embeddings of images and captions as lists of rows. Pictures of
-    more than `max_pixels` are skipped as broken ones are."""
+    """Keys, captions, json, captions a sample, and the embeddings of images and captions as lists of rows."""
+    read, pixels = decode_batch(batch, preprocess, device, max_pixels)
+    captions = [caption for sample in read for caption in sample.captions]
+    ids, mask = tokenise(preprocess.tokenizer, captions or ["empty"], preprocess.max_length)
+    image_emb = encoder.encode_image(pixels).float().cpu()[: len(read)]
+    text_emb = encoder.encode_text(ids.to(device), mask.to(device)).float().cpu()[: len(captions)]
+    counts = [len(sample.captions) for sample in read]
+    return [s.key for s in read], captions, [s.meta for s in read], counts, list(image_emb), list(text_emb)
+
+
+def decode_batch(
+    batch: list[Sample], preprocess: Preprocess, device: torch.device, max_pixels: int = MAX_PIXELS
+) -> tuple[list[Sample], Tensor]:
+    """The samples whose pictures could be read, and these normalised (B, 3, H, W); one of zeros where there is none.
+    Pictures of more than `max_pixels` are skipped as broken ones are."""
     read, images = [], []
     for sample in batch:
         try:
@@ -114,14 +129,9 @@ def embed_batch(
             read.append(sample)
         except BadSample as fault:
             get_logger().warning("evaluation skips sample %s: %s", sample.key, fault)
-    captions = [caption for sample in read for caption in sample.captions]
     size = preprocess.spec.size
     pixels = torch.stack(images) if images else torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    ids, mask = tokenise(preprocess.tokenizer, captions or ["empty"], preprocess.max_length)
-    image_emb = encoder.encode_image(normalise(pixels.to(device), preprocess.spec)).float().cpu()[: len(read)]
-    text_emb = encoder.encode_text(ids.to(device), mask.to(device)).float().cpu()[: len(captions)]
-    counts = [len(sample.captions) for sample in read]
-    return [s.key for s in read], captions, [s.meta for s in read], counts, list(image_emb), list(text_emb)
+    return read, normalise(pixels.to(device), preprocess.spec)
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

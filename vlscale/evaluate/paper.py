@@ -8,8 +8,8 @@ Where the official evaluation departs from what it means to measure:
    caption, and the query's siblings stay in the gallery although each is, word for word, part of that reference.
 4. i2it and t2it keep the query in its own gallery, where it stands first with full relevance.
 5. t2it scores picture j for caption query q by the cosine of *j's caption with q's picture*: the transposed block.
-6. i2it and t2it put cosines beside the matching head's raw logits; a dual encoder has no such head, so here both
-   sides are cosines and this fault does not arise.
+6. i2it and t2it put cosines beside the matching head's raw logits, with -100 where nothing was scored. This is so here
+   where the corpus was re-ranked; a dual encoder alone has no such head, and both sides are cosines.
 7. Queries without anything relevant count as 0; ties stand in the order of the sort; nothing is said about chance
    (it stands beside our numbers: 52 on Flickr30K i2i).
 
@@ -37,17 +37,20 @@ def paper_columns(corpus: EmbeddedCorpus, relevance: Relevance, ks: tuple[int, .
         to_images = relevance.t2i(first[rows])[:, asking]  # first caption of the query's image with each image
         to_texts = relevance.i2t(rows)  # each caption with the query's image (fault 3)
         crossed = to_texts[:, first[asking]]  # first caption of each image with the query's image
+        across = image_emb[places] @ text_emb.T
+        if corpus.reranked is not None:
+            across = corpus.reranked.i2t.of(rows).paper_scores(len(text_emb))
         image_scores = image_emb[places] @ image_emb.T
         text_scores = first_emb[places] @ text_emb.T
         tables = {
             "i2i": (_silenced(image_scores, places), _silenced(to_images, places)),
             "t2t": (_silenced(text_scores, first[rows]), _silenced(to_texts, first[rows])),
             "i2it": (
-                torch.cat([image_scores, image_emb[places] @ text_emb.T], 1),
+                torch.cat([image_scores, across], 1),
                 torch.cat([to_images, to_texts], 1),
             ),
             "t2it": (
-                torch.cat([text_scores, image_emb[places] @ first_emb.T], 1),  # fault 5
+                torch.cat([text_scores, across[:, first[asking]]], 1),  # fault 5
                 torch.cat([to_texts, crossed], 1),
             ),
         }

@@ -7,10 +7,12 @@
 - `flickr30k`, `coco-5k`, `coco-1k` (five folds), `vizwiz`: as `synthetic`, with ROUGE-L between captions for relevance.
 - `cxc`, `eccv`: `pairs`, and what people judged (see `benchmarks`).
 - `auto`: `synthetic` when every sample has a scene, `labels` when labels are given, else `pairs`.
+Where the corpus was re-ranked, what that changes is measured again under `reranked:`, beside the dual encoder's.
 """
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,18 @@ from vlscale.evaluate.bootstrap import Estimate, estimate_means, estimate_median
 from vlscale.evaluate.embed import EmbeddedCorpus
 from vlscale.evaluate.metrics import Ranks, over_chance, recall_chance
 from vlscale.evaluate.paper import paper_columns
-from vlscale.evaluate.result import EvalResult, Measure, measure
+from vlscale.evaluate.result import RERANKED, EvalResult, Measure, measure
 from vlscale.evaluate.rouge import rouge_table
-from vlscale.evaluate.tasks import Columns, Own, graded_columns, items_of_images, label_columns
+from vlscale.evaluate.tasks import (
+    MIXED,
+    Columns,
+    Own,
+    graded_columns,
+    items_of_images,
+    label_columns,
+    renamed,
+    with_reranked,
+)
 from vlscale.kernels import retrieval_ranks
 from vlscale.progress import LINE_SECONDS, Progress
 
@@ -78,9 +89,12 @@ def evaluate_corpus(
     ranks = {name.replace("mean_rank", "median_rank"): columns[name] for name in columns if name.endswith("/mean_rank")}
     further |= estimate_medians(ranks, len(corpus.keys), bootstrap)
     metrics, replicates = summarise(estimates | further)
-    return EvalResult(
-        protocol, len(corpus.keys), len(corpus.captions), metrics, labels, list(dict.fromkeys(notes)), replicates
-    )
+    notes = list(dict.fromkeys(notes))
+    rerank = None
+    if corpus.reranked is not None:
+        rerank = corpus.reranked.k
+        notes.append(corpus.reranked.note())
+    return EvalResult(protocol, len(corpus.keys), len(corpus.captions), metrics, labels, notes, rerank, replicates)
 
 
 def relevance_of(corpus: EmbeddedCorpus, result: EvalResult) -> relevance.Relevance | None:
@@ -115,10 +129,16 @@ def check_corpus(corpus: EmbeddedCorpus) -> None:
             f"{len(repeated)} sample keys stand for more than one sample ({', '.join(repeated[:3])}): evaluate on "
             "shards with different keys, each given once"
         )
+    owners = {"image": torch.arange(images), "text": corpus.text_image}
     for name, emb in (("image", corpus.image_emb), ("text", corpus.text_emb)):
-        lost = int((~emb.isfinite()).any(1).sum())
-        if lost:
-            raise ValueError(f"{lost} of {len(emb)} {name} embeddings are not finite: the model has diverged")
+        lost = (~emb.isfinite()).any(1).nonzero()[:, 0]
+        if len(lost):
+            keys = dict.fromkeys(corpus.keys[owner] for owner in owners[name][lost].tolist())
+            raise ValueError(
+                f"{len(lost):,} of {len(emb):,} {name} embeddings are not finite (samples "
+                f"{', '.join(list(keys)[:3])}{', ...' if len(keys) > 3 else ''}): the model has diverged; evaluate an "
+                "earlier checkpoint"
+            )
     if captions and not 0 <= int(corpus.text_image.min()) <= int(corpus.text_image.max()) < images:
         raise ValueError(
             f"captions belong to images {int(corpus.text_image.min())} to {int(corpus.text_image.max())}, "
@@ -155,18 +175,34 @@ def cross_columns(corpus: EmbeddedCorpus) -> Columns:
     captioned = (captions_of >= 0).any(1).nonzero(as_tuple=True)[0]
     i2t = Ranks(*retrieval_ranks(corpus.image_emb[captioned], corpus.text_emb, captions_of[captioned]))
     t2i = Ranks(*retrieval_ranks(corpus.text_emb, corpus.image_emb, corpus.text_image[:, None]))
-    own_captions = (captions_of[captioned] >= 0).sum(1)
-    return _rank_columns("i2t", i2t, captioned, own_captions, len(corpus.text_emb)) | _rank_columns(
-        "t2i", t2i, corpus.text_image, torch.ones_like(corpus.text_image), images
-    )
+    positives = {"i2t": captions_of[captioned], "t2i": corpus.text_image[:, None]}
+    asking = {"i2t": captioned, "t2i": corpus.text_image}  # the image of each query
+    items = {"i2t": len(corpus.text_emb), "t2i": images}
+    columns: Columns = {}
+    for task, dual in (("i2t", i2t), ("t2i", t2i)):
+        given = asking[task], (positives[task] >= 0).sum(1), items[task]
+        columns |= _rank_columns(task, dual, *given)
+        if corpus.reranked is None:
+            continue
+        candidates = corpus.reranked.i2t.of(captioned) if task == "i2t" else corpus.reranked.t2i
+        columns |= renamed(_rank_columns(task, candidates.ranks(positives[task], dual), *given))
+        by_paper = candidates.paper_ranks(positives[task], items[task])
+        columns |= renamed(_recall_columns(task, by_paper, *given, suffix="_paper"))
+    return columns
 
 
 def _rank_columns(task: str, ranks: Ranks, image: Tensor, positives: Tensor, items: int) -> Columns:
     """`positives` (Q,) of each query among `items`; the first of p in a random order of n stands at (n+1)/(p+1)."""
     tables = {f"{task}/mean_rank": ranks.expected(), f"{task}/mean_rank/chance": (items + 1) / (positives + 1.0)}
+    columns = {name: (values.double().numpy(), image.numpy()) for name, values in tables.items()}
+    return columns | _recall_columns(task, ranks, image, positives, items)
+
+
+def _recall_columns(task: str, ranks: Ranks, image: Tensor, positives: Tensor, items: int, suffix: str = "") -> Columns:
+    tables = {}
     for k in RECALL_AT:
-        tables[f"{task}/r@{k}"] = ranks.recall(k)
-        tables[f"{task}/r@{k}/chance"] = recall_chance(positives, torch.full_like(positives, items), k)
+        tables[f"{task}/r@{k}{suffix}"] = ranks.recall(k)
+        tables[f"{task}/r@{k}{suffix}/chance"] = recall_chance(positives, torch.full_like(positives, items), k)
     return {name: (values.double().numpy(), image.numpy()) for name, values in tables.items()}
 
 
@@ -186,19 +222,22 @@ def _graded(corpus: EmbeddedCorpus, truth: relevance.Relevance, notes: list[str]
     ks = usable_cutoffs(corpus, Own.KEPT, notes)
     columns: Columns = {}
     for task in WITHIN:
-        columns |= graded_columns(corpus, task, truth, ks)
+        columns |= with_reranked(graded_columns, corpus, task, truth, ks)
     columns |= graded_columns(corpus, "t2t", truth, ks[:1], Own.OTHERS, suffix="_others")
-    return columns | paper_columns(corpus, truth, ks)
+    columns |= paper_columns(replace(corpus, reranked=None), truth, ks)
+    if corpus.reranked is not None:
+        by_paper = paper_columns(corpus, truth, ks)
+        columns |= renamed({name: column for name, column in by_paper.items() if name.startswith(MIXED)})
+    return columns
 
 
 def _columns_by_label(corpus: EmbeddedCorpus, field: str, ks: tuple[int, ...], notes: list[str]) -> Columns:
     same_label = relevance.labels(corpus.meta, field, corpus.text_image)
     columns: Columns = {}
     for task in ("i2i", "t2t", "i2t", "t2i"):
-        columns |= label_columns(corpus, task, same_label, RECALL_AT, Own.OTHERS, f"{field}:")
+        columns |= with_reranked(label_columns, corpus, task, same_label, RECALL_AT, Own.OTHERS, f"{field}:")
     for task in WITHIN:
-        graded = graded_columns(corpus, task, same_label, ks, Own.OTHERS)
-        columns |= {f"{field}:{name}": column for name, column in graded.items()}
+        columns |= with_reranked(graded_columns, corpus, task, same_label, ks, Own.OTHERS, "", f"{field}:")
     alone = int(np.isnan(columns[f"{field}:i2i/r@1"][0]).sum())
     if alone == len(corpus.keys):
         raise ValueError(f"label {field!r}: no two of the {alone} samples share a value, so there is nothing to find")
@@ -218,11 +257,14 @@ def summarise(estimates: dict[str, Estimate]) -> tuple[dict[str, Measure], dict[
             metrics[name] = measure(Estimate(value, drawn, queries), chance)
             replicates[name] = drawn
 
-    six = [f"{task}/r@{k}" for task in ("i2t", "t2i") for k in RECALL_AT]
-    total = 100 * sum(estimates[name].value for name in six)
-    drawn = 100 * sum(estimates[name].replicates for name in six)
-    by_chance = 100 * sum(estimates[f"{name}/chance"].value for name in six)
-    add("rsum", total, drawn, estimates[six[0]].queries, by_chance)
+    for prefix, suffix in (("", ""), (RERANKED, ""), (RERANKED, "_paper")):
+        six = [f"{prefix}{task}/r@{k}{suffix}" for task in ("i2t", "t2i") for k in RECALL_AT]
+        if six[0] not in estimates:
+            continue
+        total = 100 * sum(estimates[name].value for name in six)
+        drawn = 100 * sum(estimates[name].replicates for name in six)
+        by_chance = 100 * sum(estimates[f"{name}/chance"].value for name in six)
+        add(f"{prefix}rsum{suffix}", total, drawn, estimates[six[0]].queries, by_chance)
     for name, found in estimates.items():
         if name.endswith("/chance"):
             continue

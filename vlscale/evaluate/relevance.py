@@ -102,7 +102,7 @@ def labels(meta: Sequence[dict[str, Any]], field: str, text_image: Tensor) -> Sa
     """1 where two samples have the same value of a json field, else 0; samples without the field match nobody."""
     values = [sample.get(field) for sample in meta]
     if all(value is None for value in values):
-        known = sorted({key for sample in meta for key in sample})
+        known = sorted({key if key.isprintable() else repr(key) for sample in meta for key in sample})
         raise ValueError(f"label {field!r} is in no sample's json; choose from: {', '.join(known) or '(no fields)'}")
     names = sorted({json.dumps(value, sort_keys=True) for value in values if value is not None})
     number = {name: place for place, name in enumerate(names)}

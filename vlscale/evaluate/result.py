@@ -2,12 +2,14 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vlscale.evaluate.bootstrap import Estimate, interval
+
+RERANKED = "reranked:"  # begins the name of what is measured after re-ranking
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class EvalResult:
 
     Names of measures: `i2t/r@1`, `rsum`, `i2t/mean_rank`; graded tasks have four columns, `i2i/ndcg@10` (fixed, as
     measured), `i2i/ndcg@10_norm` (fixed, over chance), `i2i/ndcg@10_paper` (as the papers' own code), and for labels
-    the field comes first: `concept:i2i/r@1`. `replicates` are kept in memory for paired comparisons, not in JSON.
+    the field comes first: `concept:i2i/r@1`. What re-ranking changes stands a second time, as `reranked:i2t/r@1`, and
+    there the recalls too have a column `_paper`. `replicates` are kept in memory for paired comparisons, not in JSON.
     """
 
     protocol: str
@@ -36,6 +39,7 @@ class EvalResult:
     metrics: dict[str, Measure]
     labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rerank: int | None = None  # candidates of a query that a fusion encoder scored; measures under `reranked:` then
     replicates: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Measure:
@@ -44,6 +48,12 @@ class EvalResult:
     def value(self, name: str) -> float | None:
         """The measure's value, None where this protocol has no such measure."""
         return self.metrics[name].value if name in self.metrics else None
+
+    def split(self) -> tuple["EvalResult", "EvalResult | None"]:
+        """The dual encoder's measures; and, where it was re-ranked, all with the changed ones in their place."""
+        dual, again = zip(*map(_split, (self.metrics, self.replicates)), strict=True)
+        alone = replace(self, metrics=dual[0], replicates=dual[1], rerank=None)
+        return alone, replace(self, metrics=again[0], replicates=again[1]) if self.rerank else None
 
     def to_dict(self) -> dict[str, Any]:
         plain = {key: value for key, value in self.__dict__.items() if key not in ("metrics", "replicates")}
@@ -57,7 +67,8 @@ class EvalResult:
         """Of what `to_json` wrote; keys of others, such as a training step's, are left out."""
         tree = json.loads(text)
         own = {key: tree[key] for key in ("protocol", "images", "captions", "labels", "notes")}
-        return cls(metrics={name: Measure(**parts) for name, parts in tree["metrics"].items()}, **own)
+        metrics = {name: Measure(**parts) for name, parts in tree["metrics"].items()}
+        return cls(metrics=metrics, rerank=tree.get("rerank"), **own)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,12 @@ class Difference:
     def sure(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low is not None and (self.low > 0 or self.high < 0)
+
+
+def _split(table: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    dual = {name: value for name, value in table.items() if not name.startswith(RERANKED)}
+    changed = {name.removeprefix(RERANKED): value for name, value in table.items() if name.startswith(RERANKED)}
+    return dual, dual | changed
 
 
 def compare(first: EvalResult, second: EvalResult, name: str) -> Difference:

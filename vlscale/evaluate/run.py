@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
-from vlscale.config import validate
+from vlscale.config import read_tree, validate
 from vlscale.data.images import ImageSpec
 from vlscale.distributed import Ranks
 from vlscale.evaluate.embed import EmbeddedCorpus, Preprocess, embed_corpus
 from vlscale.evaluate.protocols import evaluate_corpus
+from vlscale.evaluate.rerank import check_fusion, rerank_corpus
 from vlscale.evaluate.result import EvalResult
 from vlscale.models.hf_folder import load_encoder, quiet
 from vlscale.progress import Progress
@@ -30,6 +30,7 @@ class EvalRequest:
     batch_size: int = 256
     annotations: Path | None = None  # as eval.annotations
     cache: Path | None = None  # as eval.cache
+    rerank: int | None = None  # as eval.rerank
 
 
 def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tuple[EmbeddedCorpus, EvalResult]:
@@ -43,17 +44,17 @@ def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tu
     encoder, tokenizer, processor = load_encoder(request.model)
     max_length = run.model.text.max_length if run else longest_text(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    corpus = embed_corpus(
-        encoder.to(device),
-        request.data,
-        data,
-        Preprocess(ImageSpec.from_processor(processor), tokenizer, max_length),
-        batch_size=request.batch_size,
-        ranks=Ranks(device=device),
-        progress=progress,
-    )
+    encoder, ranks = encoder.to(device), Ranks(device=device)
+    if request.rerank is not None:
+        check_fusion(encoder, f"--rerank {request.rerank}")
+    preprocess = Preprocess(ImageSpec.from_processor(processor), tokenizer, max_length)
+    reading = encoder, request.data, data, preprocess
+    corpus = embed_corpus(*reading, batch_size=request.batch_size, ranks=ranks, progress=progress)
     if progress is not None:
         progress.stop()
+    if request.rerank is not None:
+        how = {"k": request.rerank, "batch_size": request.batch_size, "ranks": ranks, "protocol": request.protocol}
+        corpus = rerank_corpus(encoder, corpus, *reading[1:], **how)
     result = evaluate_corpus(
         corpus,
         request.protocol,
@@ -75,5 +76,5 @@ def run_config(model: str) -> Config | None:
     for folder in (Path(model), Path(model).parent):
         path = folder / "config.yaml"
         if path.is_file():
-            return validate(yaml.safe_load(path.read_text()), where=str(path))
+            return validate(read_tree(path), where=str(path))
     return None

@@ -1,7 +1,7 @@
 """Several results side by side: tables for the terminal (100 columns) and for Markdown, from the same rows.
 
 The best value of a column carries a star. NDCG@10 stands three ways: `fixed` over chance (the one to compare by),
-`fixed` as measured with the chance level beside it, and `paper`.
+`fixed` as measured with the chance level beside it, and `paper`. A result that was re-ranked has a second row.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from vlscale.evaluate.result import EvalResult
 
 WITHIN = ("i2i", "t2t", "i2it", "t2it")
 CHANCE = "a random order"
+NAME = 36
 CROSS = [("rsum", "rsum")] + [(f"{task} R@{k}", f"{task}/r@{k}") for task in ("i2t", "t2i") for k in (1, 5, 10)]
 
 
@@ -42,6 +43,7 @@ class Sheet:
 
 def sheets(results: dict[str, EvalResult]) -> Iterator[Sheet]:
     """The main sheet; NDCG as measured and by the papers' code where relevance is graded; labels; benchmarks."""
+    results = both_rows(results)
     prefixes = _prefixes(results)
     over_chance = [(f"{task} NDCG", f"{prefixes[0]}{task}/ndcg@10_norm") for task in WITHIN]
     graded = any(name in result.metrics for result in results.values() for _, name in over_chance)
@@ -50,6 +52,10 @@ def sheets(results: dict[str, EvalResult]) -> Iterator[Sheet]:
     yield _sheet(title, CROSS + (over_chance if graded else []), results)
     if graded and not prefixes[0]:
         yield _sheet("NDCG@10 as measured (fixed) and by the papers' own code (paper)", _raw_columns(), results)
+    by_paper = {name: result for name, result in results.items() if "rsum_paper" in result.metrics}
+    if by_paper:
+        columns = [(title, f"{name}_paper") for title, name in CROSS]
+        yield _sheet("Re-ranked as by the papers' own code (paper): raw matching logits", columns, by_paper)
     for prefix in filter(None, prefixes):
         recall = [(f"{task} R@{k}", f"{prefix}{task}/r@{k}") for task in ("i2i", "t2t") for k in (1, 5, 10)]
         over_chance = [(f"{task} NDCG", f"{prefix}{task}/ndcg@10_norm") for task in WITHIN]
@@ -60,13 +66,22 @@ def sheets(results: dict[str, EvalResult]) -> Iterator[Sheet]:
             yield _sheet(f"{title}, percent", measured, results)
 
 
+def both_rows(results: dict[str, EvalResult]) -> dict[str, EvalResult]:
+    """The dual encoder's measures and, where they were re-ranked, those after it, named apart."""
+    rows: dict[str, EvalResult] = {}
+    for name, result in results.items():
+        alone, again = result.split()
+        rows |= {name: alone} | ({} if again is None else {f"{name}, re-ranked {again.rerank}": again})
+    return rows
+
+
 def render(results: dict[str, EvalResult]) -> RenderableType:
-    """For a rich console; 100 columns hold it unbroken with names of up to 24 letters."""
+    """For a rich console; 100 columns hold it unbroken with names of up to NAME letters."""
     parts: list[RenderableType] = []
     for sheet in sheets(results):
         table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         table.padding = 0  # the box itself puts a space between columns
-        table.add_column("", no_wrap=True, max_width=24)
+        table.add_column("", no_wrap=True, max_width=NAME)
         for column in sheet.columns:
             table.add_column(column.replace(" ", " \n") + " ", justify="right", no_wrap=True)
         for name, cells in zip(sheet.rows, sheet.cells, strict=True):

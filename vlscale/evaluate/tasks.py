@@ -5,10 +5,11 @@ Letters: Q queries, q queries of a block, G gallery items, I images, T captions.
 - i2it, t2it: the same, in one gallery that holds all pictures and then all captions, by the same cosine;
 - i2t, t2i: across; here the query is never in its own gallery.
 The query itself is taken out of the gallery. `Own.OTHERS` takes out everything else of its sample as well.
+Where the corpus was re-ranked (see `reranked`), scores across the modalities are the permuted cosines.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -18,8 +19,11 @@ from torch import Tensor
 from vlscale.evaluate.embed import EmbeddedCorpus
 from vlscale.evaluate.metrics import best_positive, ndcg, own_modality, own_modality_chance, recall_chance
 from vlscale.evaluate.relevance import Relevance
+from vlscale.evaluate.result import RERANKED
 
 BLOCK_NUMBERS = 1 << 22  # scores at once: 16 MB in float32
+MIXED = ("i2it", "t2it")
+ACROSS = ("i2t", "t2i", *MIXED)  # what re-ranking changes
 Columns = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (value of each query, image of each query)
 
 
@@ -81,7 +85,22 @@ def blocks(
             exclude = (rows + (space.of_images if asks == "t" else 0))[:, None]
         else:
             exclude = rows.new_zeros((len(rows), 0))
-        yield Block(rows, image, query_emb[rows] @ space.emb.T, table, exclude)
+        scores = query_emb[rows] @ space.emb.T
+        if corpus.reranked is not None:
+            scores = corpus.reranked.rescored(task, rows, scores)
+        yield Block(rows, image, scores, table, exclude)
+
+
+def with_reranked(columns_of: Callable[..., Columns], corpus: EmbeddedCorpus, task: str, *options) -> Columns:
+    """`columns_of(corpus, task, *options)` of the dual encoder and, where re-ranking changes them, under RERANKED."""
+    columns = columns_of(replace(corpus, reranked=None), task, *options)
+    if corpus.reranked is None or task not in ACROSS:
+        return columns
+    return columns | renamed(columns_of(corpus, task, *options))
+
+
+def renamed(columns: Columns) -> Columns:
+    return {f"{RERANKED}{name}": column for name, column in columns.items()}
 
 
 def relevance_rows(relevance: Relevance, task: str, rows: Tensor) -> Tensor:
@@ -91,24 +110,31 @@ def relevance_rows(relevance: Relevance, task: str, rows: Tensor) -> Tensor:
 
 
 def graded_columns(
-    corpus: EmbeddedCorpus, task: str, relevance: Relevance, ks: tuple[int, ...], own: Own = Own.KEPT, suffix: str = ""
+    corpus: EmbeddedCorpus,
+    task: str,
+    relevance: Relevance,
+    ks: tuple[int, ...],
+    own: Own = Own.KEPT,
+    suffix: str = "",
+    prefix: str = "",
 ) -> Columns:
     """`TASK/ndcg@K` and `TASK/ndcg@K/chance` of every query; mixed tasks also say `TASK/own_modality@10`."""
     gathered: dict[str, list[Tensor]] = {}
     images: list[Tensor] = []
+    named = f"{prefix}{task}{suffix}"
     asks, searched = task.split("2")
     for block in blocks(corpus, task, relevance, own):
         graded = ndcg(block.scores, block.relevance, ks, block.exclude)
         for place, k in enumerate(ks):
-            gathered.setdefault(f"{task}{suffix}/ndcg@{k}", []).append(graded.value[:, place])
-            gathered.setdefault(f"{task}{suffix}/ndcg@{k}/chance", []).append(graded.chance[:, place])
+            gathered.setdefault(f"{named}/ndcg@{k}", []).append(graded.value[:, place])
+            gathered.setdefault(f"{named}/ndcg@{k}/chance", []).append(graded.chance[:, place])
         if len(searched) == 2:
             is_picture = torch.arange(block.scores.shape[1]) < len(corpus.image_emb)
             mine = is_picture if asks == "i" else ~is_picture
             share = own_modality(block.scores, mine, min(10, max(ks)), block.exclude)
-            gathered.setdefault(f"{task}{suffix}/own_modality@10", []).append(share)
+            gathered.setdefault(f"{named}/own_modality@10", []).append(share)
             by_chance = own_modality_chance(mine, block.exclude)
-            gathered.setdefault(f"{task}{suffix}/own_modality@10/chance", []).append(by_chance)
+            gathered.setdefault(f"{named}/own_modality@10/chance", []).append(by_chance)
         images.append(block.image)
     return _columns(gathered, images)
 

@@ -36,6 +36,11 @@ similarity = out.text_embeds @ out.image_embeds.T  # cosine, (captions, pictures
 print(similarity)
 ```"""
 
+FUSION = """\
+`fusion/` holds a fusion encoder, which looks at a picture and a caption together and says how well they match: slower
+than comparing vectors, and better at ordering the nearest of them. `transformers` neither needs nor loads it; vlscale
+does, in `vlscale eval --rerank K`, `vlscale search --rerank K` and `vlscale.models.fusion_folder.load_fusion`."""
+
 LIMITS = """\
 Meant for retrieval: pictures by text, text by picture, and search inside each modality. Scores order a gallery; they
 are no probabilities, and no threshold on them was calibrated. The model knows what its training pairs showed: it
@@ -52,6 +57,7 @@ def write_card(model: LoadedModel, folder: Path, model_class: str) -> None:
         f"# {name}",
         _what(model, model_class),
         "## Use\nOnly `transformers`, `torch` and `pillow` are needed:\n\n" + _use(model_class),
+        *(["## Re-ranking\n" + FUSION] if model.encoder.fusion is not None else []),
         "## Training\n" + (_training(model.config) if model.config else "This folder came without a training config."),
         "## Data\n" + (_data(model.config) if model.config else "Not recorded."),
         "## Evaluation\n" + (_evaluation(result) if result else "No evaluation was recorded (`vlscale eval`)."),
@@ -78,6 +84,10 @@ def _what(model: LoadedModel, model_class: str) -> str:
         f"| {what} tower | {tower.config.model_type}, {sum(p.numel() for p in tower.parameters()):,} parameters |"
         for what, tower in (("vision", encoder.vision_model), ("text", encoder.text_model))
     ]
+    fusion = []
+    if encoder.fusion is not None:
+        count, size = len(encoder.fusion.layers), sum(p.numel() for p in encoder.fusion.parameters())
+        fusion = [f"| fusion encoder | {count} layers, {size:,} parameters |"]
     rows = [
         "| | |",
         "|---|---|",
@@ -85,6 +95,7 @@ def _what(model: LoadedModel, model_class: str) -> str:
         *towers,
         f"| embeddings | {model.embed_dim} numbers, length one |",
         f"| pictures | {spec.size} x {spec.size} pixels |",
+        *fusion,
         f"| text | at most {model.preprocess.max_length} tokens |",
         f"| hash | `{model.hash}` |",
     ]
@@ -114,7 +125,9 @@ def _data(config: Config) -> str:
 
 
 def _public(url: str) -> str:
-    """Without user name, password, query and fragment; of a local path, the name alone."""
+    """Without user name, password, query and fragment; of a local path, the name alone; of a command, its name."""
+    if url.startswith("pipe:"):
+        return " ".join(url.split()[:1])
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
         return Path(parts.path).name

@@ -26,7 +26,7 @@ from vlscale.data.samples import Sample, open_corpus, read_manifest
 from vlscale.evaluate.embed import embed_batch
 from vlscale.export.index_file import Header, Rows, check_format, read_header, write_index
 from vlscale.export.loaded import LoadedModel, load_model
-from vlscale.logging import get_logger
+from vlscale.logging import get_logger, without_secrets
 from vlscale.sections import DataConfig
 
 PART = 2048  # samples; about 25 MB at 1024 numbers and five captions an image
@@ -151,7 +151,7 @@ def open_job(request: EmbedRequest) -> EmbedJob:
     header = Header(
         model=request.model,
         model_hash=model.hash,
-        data=request.data,
+        data=[without_secrets(url) for url in request.data],
         data_hash=manifest.hash,
         caption_key=data.caption_key,
         image_keys=data.image_keys,

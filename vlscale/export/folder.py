@@ -5,6 +5,7 @@ clip           CLIPModel, where both towers are CLIP's: the same modules under t
 siglip         SiglipModel, where both towers are SigLIP's. It has no projections, and neither has such a run: they are
                fixed identities, since one over the vision tower could not be folded into its head, whose output is a
                sum of the attention pool and a function of it
+In each of them a fusion encoder lies in `fusion/`, where transformers does not look; vlscale loads it.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from vlscale.data.folders import new_folder
 from vlscale.export.card import write_card
 from vlscale.export.loaded import LoadedModel, load_model
 from vlscale.models import siglip
-from vlscale.models.hf_folder import save_folder
+from vlscale.models.fusion_folder import save_fusion
+from vlscale.models.hf_folder import dual_weights, save_folder
 
 Layout = Literal["dual-encoder", "clip", "siglip"]
 CLIP_TOWERS = ("clip_vision_model", "clip_text_model")
@@ -36,8 +38,9 @@ def export_model(run: str, out: Path, layout: Layout | None = None) -> Path:
         raise ValueError(f"--as {layout}: expected {', '.join(_WRITERS)}")
     model = load_model(run, torch.device("cpu"))
     layout = layout or ("siglip" if model.encoder.is_siglip else "dual-encoder")
-    for tower in (model.encoder.vision_model, model.encoder.text_model):
-        tower.config._name_or_path = ""  # a path of this machine
+    for part in (model.encoder.vision_model, model.encoder.text_model, model.encoder.fusion):
+        if part is not None:
+            part.config._name_or_path = ""  # a path of this machine
     model.tokenizer.model_max_length = model.preprocess.max_length  # `truncation=True` then cuts where training did
     with new_folder(out) as folder:
         _WRITERS[layout](model, folder)
@@ -62,7 +65,7 @@ def _clip(model: LoadedModel, folder: Path) -> None:
             "--as dual-encoder works with any"
         )
     encoder = model.encoder
-    weights = dict(encoder.state_dict())
+    weights = dual_weights(encoder.state_dict())
     bias = weights.pop("logit_bias", None)
     weights["logit_scale"] = weights["logit_scale"].squeeze()
     config = CLIPConfig(
@@ -78,6 +81,8 @@ def _clip(model: LoadedModel, folder: Path) -> None:
     clip.load_state_dict(weights, strict=True, assign=True)
     clip.save_pretrained(folder)
     CLIPProcessor(model.image_processor, model.tokenizer).save_pretrained(folder)
+    if encoder.fusion is not None:
+        save_fusion(encoder.fusion, folder)
 
 
 def _siglip(model: LoadedModel, folder: Path) -> None:

@@ -15,7 +15,7 @@ from vlscale.data.tokens import tokenise
 from vlscale.evaluate.embed import Preprocess
 from vlscale.evaluate.run import longest_text, run_config
 from vlscale.models.dual_encoder import SCALARS, DualEncoder
-from vlscale.models.hf_folder import load_encoder, quiet
+from vlscale.models.hf_folder import dual_weights, load_encoder, quiet
 from vlscale.sections import Config
 
 
@@ -40,12 +40,13 @@ class LoadedModel:
 
     @cached_property
     def hash(self) -> str:
-        """Equal for models that embed alike: of the weights (but the scale and bias of the loss) and the preprocessing.
+        """Equal for models that embed alike: of the weights (but the scale and bias of the loss, and a fusion encoder)
+        and the preprocessing.
 
         A run, its `final/` and every export of it share one.
         """
         digest = blake2b(digest_size=16)
-        for name, value in sorted(self.encoder.state_dict().items()):
+        for name, value in sorted(dual_weights(self.encoder.state_dict()).items()):
             if name not in SCALARS:
                 digest.update(f"{name} {tuple(value.shape)}".encode())
                 digest.update(value.detach().float().cpu().contiguous().numpy())

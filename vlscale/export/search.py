@@ -35,10 +35,12 @@ class Query:
 
 @dataclass(frozen=True)
 class Hit:
-    score: float  # cosine
+    score: float  # cosine, also where a fusion encoder chose the order
     key: str  # of the sample
     caption: str  # the one found, or the first of the picture found
     is_picture: bool
+    place: int  # in the index: pictures first, then captions
+    match: float | None = None  # log-odds that query and hit match, where the fusion encoder scored them
 
 
 def read_query(query: str) -> Query:
@@ -110,6 +112,6 @@ def _hit(index: Index, place: int, score: float) -> Hit:
     images = len(index.keys)
     if place < images:
         own = int(np.searchsorted(index.text_image, place))
-        return Hit(score, str(index.keys[place]), str(index.captions[own]), is_picture=True)
+        return Hit(score, str(index.keys[place]), str(index.captions[own]), True, place)
     caption = place - images
-    return Hit(score, str(index.keys[index.text_image[caption]]), str(index.captions[caption]), is_picture=False)
+    return Hit(score, str(index.keys[index.text_image[caption]]), str(index.captions[caption]), False, place)

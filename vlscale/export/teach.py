@@ -32,7 +32,7 @@ from vlscale.data.teacher_cache import (
     read_header,
     write_shard_file,
 )
-from vlscale.logging import get_logger
+from vlscale.logging import get_logger, without_secrets
 from vlscale.models.teachers import LEAST_ROWS, WEAK_SPREAD, check_not_constant, relation_range
 from vlscale.sections import DataConfig
 from vlscale.train.frozen_teachers import ImageTeacher, TextTeacher, load_image_teacher, load_text_teacher
@@ -91,7 +91,7 @@ class TeachJob:
                 if shard == self.missing[0]:
                     self._claim()  # not before: teachers that are refused leave nothing behind
                 digest, url = self.manifest.digests[shard], self.manifest.urls[shard]
-                write_shard_file(self.request.out, self.header, digest, url, rows)
+                write_shard_file(self.request.out, self.header, digest, without_secrets(url), rows)
                 count += int(self.manifest.counts[shard])
                 if not sys.stderr.isatty():  # where there is a terminal, the caller's bar says so
                     rate = count / (time.perf_counter() - started)

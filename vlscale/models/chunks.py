@@ -9,9 +9,12 @@ Cost: one more forward, 4/3 of the operations. Memory: activations of `chunk_siz
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+T = TypeVar("T")
 
 
 def in_chunks(encode: Callable[..., torch.Tensor], chunk_size: int | None, *inputs: torch.Tensor) -> torch.Tensor:
@@ -19,5 +22,10 @@ def in_chunks(encode: Callable[..., torch.Tensor], chunk_size: int | None, *inpu
     if chunk_size is None or len(inputs[0]) <= chunk_size:
         return encode(*inputs)
     chunks = zip(*(rows.split(chunk_size) for rows in inputs), strict=True)
+    return torch.cat([checkpointed(encode, *chunk) for chunk in chunks])
+
+
+def checkpointed(compute: Callable[..., T], *inputs: Any) -> T:
+    """`compute(*inputs)`, of which the graph keeps nothing but its inputs and outputs."""
     # ZeRO-3 frees weights between the two forwards, so what is saved has another shape in each: no comparing of shapes.
-    return torch.cat([checkpoint(encode, *chunk, use_reentrant=False, determinism_check="none") for chunk in chunks])
+    return checkpoint(compute, *inputs, use_reentrant=False, determinism_check="none")

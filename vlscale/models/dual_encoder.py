@@ -22,8 +22,13 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from vlscale.logging import get_logger
 from vlscale.models import siglip
 from vlscale.models.chunks import in_chunks
+from vlscale.models.fused_pairs import Fused, Fusing, Made, Pairs, fuse_pairs
+from vlscale.models.fusion import PREFIX, FusionEncoder, build_fusion, split_weights
+from vlscale.models.fusion_folder import load_fusion
+from vlscale.models.masked_head import MaskedHead
 from vlscale.models.rows import unit, wide
 from vlscale.models.teacher_heads import TeacherHeads, TeacherRows
 from vlscale.models.towers import build_tower, check_weights, one_line, padding_of
@@ -41,6 +46,7 @@ class Embeddings(NamedTuple):
     logit_scale: torch.Tensor  # (), the multiplier itself, at most model.logit_scale_max
     logit_bias: torch.Tensor | None  # (), sigmoid loss only
     teacher: TeacherRows | None = None  # where the model has teacher heads
+    fused: Fused | None = None  # where a fusion encoder was asked
 
 
 class Features(NamedTuple):
@@ -53,6 +59,7 @@ class Features(NamedTuple):
     logit_scale: torch.Tensor
     logit_bias: torch.Tensor | None
     teacher: TeacherRows | None = None
+    fused: Fused | None = None
 
 
 class Projection(nn.Linear):
@@ -68,7 +75,14 @@ class Projection(nn.Linear):
 
 
 class DualEncoder(nn.Module):
-    def __init__(self, vision_model: PreTrainedModel, text_model: PreTrainedModel, model: ModelConfig, sigmoid: bool):
+    def __init__(
+        self,
+        vision_model: PreTrainedModel,
+        text_model: PreTrainedModel,
+        model: ModelConfig,
+        sigmoid: bool,
+        fusion: FusionEncoder | None = None,
+    ):
         super().__init__()
         self.vision_model = vision_model
         self.text_model = text_model
@@ -79,7 +93,9 @@ class DualEncoder(nn.Module):
         if self.is_siglip:
             for projection in (self.visual_projection, self.text_projection):
                 siglip.fix_identity(projection)
+        self.fusion = fusion
         self.teacher_heads: TeacherHeads | None = None  # given by a run whose objective learns them
+        self.masked_head: MaskedHead | None = None  # likewise
         self.logit_scale = nn.Parameter(torch.tensor([math.log(model.logit_scale_init)]))  # the logarithm is learned
         self.logit_bias = nn.Parameter(torch.tensor([model.logit_bias_init])) if sigmoid else None
         self.log_scale_max = math.log(model.logit_scale_max)
@@ -106,11 +122,35 @@ class DualEncoder(nn.Module):
         """Token ids and mask (B, L) to (B, D)."""
         return unit(self.text_projection(self._text_features(input_ids, attention_mask)))
 
+    def image_tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) to the embeddings (B, D) and the tokens (B, V, width) that a fusion encoder looks at."""
+        pooled, tokens = self.vision_rows(pixels)
+        return unit(self.visual_projection(pooled)), tokens
+
+    def text_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L) to the embeddings (B, D) and the tokens (B, L, width) that a fusion encoder starts from."""
+        pooled, tokens = self.text_rows(input_ids, attention_mask)
+        return unit(self.text_projection(pooled)), tokens
+
+    def embeddings(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled rows (B, width) of both towers to (B, D)."""
+        return unit(self.visual_projection(image)), unit(self.text_projection(text))
+
+    def vision_rows(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) to what the tower pools (B, width) and its tokens (B, V, width)."""
+        out = self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype))
+        return out.pooler_output, out.last_hidden_state
+
+    def text_rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L) to what the tower pools (B, width) and its tokens (B, L, width)."""
+        out = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        return out.pooler_output, out.last_hidden_state[:, : input_ids.shape[1]]  # SigLIP's pads the captions itself
+
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype)).pooler_output
+        return self.vision_rows(pixels)[0]
 
     def _text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return self.text_rows(input_ids, attention_mask)[0]
 
     def forward(
         self,
@@ -121,19 +161,38 @@ class DualEncoder(nn.Module):
         teacher_image: torch.Tensor | None = None,
         teacher_text: torch.Tensor | None = None,
         split_heads: bool = False,
+        fusing: Fusing | None = None,
     ) -> Embeddings | Features:
         """`chunk_size`: rows that a tower keeps activations of at once, see `in_chunks`. `teacher_image`,
-        `teacher_text`: what teacher heads project. `split_heads`: stop before the projections."""
+        `teacher_text`: what teacher heads project. `split_heads`: stop before the projections. `fusing`: what the
+        fusion encoder is to see."""
         scale = wide(_ProjectedMax.apply(self.logit_scale, self.log_scale_max)).exp().squeeze()
         bias = None if self.logit_bias is None else wide(self.logit_bias).squeeze()
         teacher = None if teacher_image is None else self.teacher_heads(teacher_image, teacher_text)
-        if split_heads:
+        if fusing is not None:
+            image, text, fused = self._fused((pixels, input_ids, attention_mask), fusing, scale.detach(), chunk_size)
+        elif split_heads:
             image = in_chunks(self._image_features, chunk_size, pixels)
             text = in_chunks(self._text_features, chunk_size, input_ids, attention_mask)
-            return Features(image, text, self.visual_projection(), self.text_projection(), scale, bias, teacher)
-        image = in_chunks(self.encode_image, chunk_size, pixels)
-        text = in_chunks(self.encode_text, chunk_size, input_ids, attention_mask)
-        return Embeddings(image, text, scale, bias, teacher)
+            fused = None
+        else:
+            image = in_chunks(self.encode_image, chunk_size, pixels)
+            text = in_chunks(self.encode_text, chunk_size, input_ids, attention_mask)
+            return Embeddings(image, text, scale, bias, teacher)
+        if split_heads:
+            return Features(image, text, self.visual_projection(), self.text_projection(), scale, bias, teacher, fused)
+        return Embeddings(*self.embeddings(image, text), scale, bias, teacher, fused)
+
+    def _fused(self, views: Pairs, fusing: Fusing, scale: torch.Tensor, chunk_size: int | None) -> Made:
+        """Pooled rows of all views, and what the fusion encoder makes of the first ones."""
+        count, views = fusing.pairs, (views[0].to(self.visual_projection.weight.dtype), *views[1:])
+        first, further = (tuple(rows[place] for rows in views) for place in (slice(count), slice(count, None)))
+        image, text, fused = fuse_pairs(self, first, fusing, scale, chunk_size)
+        if len(further[0]):
+            image = torch.cat([image, in_chunks(self._image_features, chunk_size, further[0])])
+        if len(further[1]):
+            text = torch.cat([text, in_chunks(self._text_features, chunk_size, *further[1:])])
+        return image, text, fused
 
     def hf_config(self) -> VisionTextDualEncoderConfig:
         vision, text = self.vision_model.config, self.text_model.config
@@ -152,7 +211,10 @@ def build_dual_encoder(model: ModelConfig, sigmoid: bool = False) -> DualEncoder
     """Towers as the config says, then the weights of `model.init_from` over them."""
     vision = build_tower("vision", model.vision.source, model.vision.config, model.dropout)
     text = build_tower("text", model.text.source, model.text.config, model.dropout)
-    encoder = DualEncoder(vision, text, model, sigmoid)
+    fusion = None
+    if model.fusion is not None:
+        fusion = build_fusion(model.fusion, text, siglip.pooled_width(vision), model.dropout)
+    encoder = DualEncoder(vision, text, model, sigmoid, fusion)
     if model.init_from is not None:
         load_weights(encoder, model.init_from)
     return encoder
@@ -191,6 +253,8 @@ def load_weights(encoder: DualEncoder, path: str) -> None:
     """Copy the weights of a run, a `final/` or a Hugging Face dual encoder; shapes must agree. A bias of the sigmoid
     loss is left out where the loss is another."""
     source = weights_of(load_dual_encoder(path))
+    if encoder.fusion is not None:
+        source = _with_fusion(encoder, source, path)
     own = encoder.state_dict()
     if "logit_bias" not in own:
         source.pop("logit_bias", None)
@@ -203,6 +267,18 @@ def load_weights(encoder: DualEncoder, path: str) -> None:
                 "use the towers and embed_dim that it was trained with"
             )
     encoder.load_state_dict(source, strict=False)
+
+
+def _with_fusion(encoder: DualEncoder, weights: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """With the weights of the fusion encoder in the same folder; where there is none and the text model has as many
+    layers as text tower and fusion encoder together, its upper ones become those of the latter."""
+    fusion = load_fusion(final_folder(path))
+    if fusion is not None:
+        return weights | {PREFIX + name: value for name, value in fusion.state_dict().items()}
+    split = split_weights(weights, encoder.text_model.config.num_hidden_layers, len(encoder.fusion.layers))
+    start = "what model.fusion says" if split is None else "the upper layers of its text model"
+    get_logger().info("model.init_from=%s holds no fusion encoder: this one starts from %s", path, start)
+    return weights if split is None else split
 
 
 class _ProjectedMax(torch.autograd.Function):

@@ -1,5 +1,5 @@
 """Folders that plain `transformers` loads: `VisionTextDualEncoderModel` (`SiglipModel` for a pair of SigLIP's towers),
-processor and tokenizer, safetensors only."""
+processor and tokenizer, safetensors only; a fusion encoder lies in a folder of its own inside (see `fusion_folder`)."""
 
 import math
 import os
@@ -22,7 +22,10 @@ from transformers import (
 
 from vlscale.models import siglip
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder, weights_of
-from vlscale.models.teacher_heads import PREFIX
+from vlscale.models.fusion import PREFIX as FUSION
+from vlscale.models.fusion_folder import load_fusion, save_fusion
+from vlscale.models.masked_head import PREFIX as MASKED_HEAD
+from vlscale.models.teacher_heads import PREFIX as TEACHER_HEADS
 from vlscale.models.towers import check_exists
 from vlscale.sections import ModelConfig
 
@@ -36,10 +39,11 @@ def save_folder(
 ) -> None:
     """Write the folder under another name and rename it: it is complete or not there.
 
-    `weights` is the full float32 state dict of `encoder`, of which teacher heads are left out. A sigmoid model's bias
-    goes to config.json as `logit_bias`.
+    `weights` is the full float32 state dict of `encoder`, of which teacher heads and the head of masked words are left
+    out. A sigmoid model's bias goes to config.json as `logit_bias`.
     """
-    weights = {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
+    fusion = {name.removeprefix(FUSION): value for name, value in weights.items() if name.startswith(FUSION)}
+    weights = dual_weights(weights)
     weights |= {"logit_scale": weights["logit_scale"].clamp(max=encoder.log_scale_max)}
     if encoder.is_siglip:
         model = siglip.siglip_model(encoder.vision_model, encoder.text_model, weights)
@@ -51,8 +55,16 @@ def save_folder(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
+    if encoder.fusion is not None:
+        save_fusion(encoder.fusion, partial, fusion)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def dual_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state dict without what stands beside the dual encoder."""
+    beside = (TEACHER_HEADS, MASKED_HEAD, FUSION)
+    return {name: value for name, value in weights.items() if not name.startswith(beside)}
 
 
 def _dual_encoder(encoder: DualEncoder, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -77,7 +89,8 @@ def load_encoder(path: str) -> tuple[DualEncoder, PreTrainedTokenizerBase, BaseI
         logit_scale_max=max(100.0, math.exp(float(model.logit_scale.detach()))),
         logit_bias_init=bias or 0.0,
     )
-    encoder = DualEncoder(model.vision_model, model.text_model, settings, sigmoid=bias is not None)
+    fusion = load_fusion(folder, (model.vision_model, model.text_model))
+    encoder = DualEncoder(model.vision_model, model.text_model, settings, sigmoid=bias is not None, fusion=fusion)
     encoder.load_state_dict(weights_of(model), strict=False)
     return encoder.eval(), load_tokenizer(folder), load_image_processor(folder)
 

@@ -5,10 +5,11 @@
     kd          relations of the student against the mixture E = w T_text + (1 - w) T_image, w in (0, 1) learned
     kd_image    relations of the image teacher against E; kd_text likewise: what w learns from
 
-The paper's relations are those of a fusion encoder's [CLS]; without one they are those of the image embeddings and of
-the text embeddings and, on request, the symmetrised image-text matrix, and kd is the mean of their distances to E. The
-temperature is fixed: a learned one can shrink every kd term to zero. With `mae`, kd_image + kd_text does not depend on
-w, since |a - b| w + |a - b| (1 - w) = |a - b|: with equal weights w then learns from kd alone.
+With a fusion encoder kd's relations are those of the pairs' fused [CLS], as in the paper; without one they are those of
+the image embeddings and of the text embeddings and, on request, the symmetrised image-text matrix, and kd is the mean
+of their distances to E. The temperature is fixed: a learned one can shrink every kd term to zero. With `mae`, kd_image
++ kd_text does not depend on w, since |a - b| w + |a - b| (1 - w) = |a - b|: with equal weights w then learns from kd
+alone.
 
 Legend: B pairs of this rank, D width.
 """

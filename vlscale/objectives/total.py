@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from vlscale.distributed import Ranks
+from vlscale.objectives.conflict import resolved
 from vlscale.objectives.contrastive import Metrics, contrastive
+from vlscale.objectives.masked_language import masked_language
+from vlscale.objectives.matching import matching
 from vlscale.objectives.relation import relation
 from vlscale.objectives.rvlr import Mixture
 from vlscale.sections import ObjectiveConfig
@@ -34,6 +37,9 @@ class Embedded:
     projected_teacher_image: torch.Tensor | None = None  # (B, D), rvlr only
     projected_teacher_text: torch.Tensor | None = None
     text_share: torch.Tensor | None = None  # (), rvlr only: w of the mixture of the teachers' relations
+    fused: torch.Tensor | None = None  # (B, W) the fused [CLS] of the pairs, where there is a fusion encoder
+    matching: torch.Tensor | None = None  # (B, 3, 2) logits: of the pair, with another picture, with another caption
+    masked: torch.Tensor | None = None  # (M,) -log p of each masked word
 
 
 def total_loss(
@@ -42,13 +48,16 @@ def total_loss(
     """Consistency and relations of the same embeddings. `comm`: how those of other ranks come, see `engine.comm`."""
     consistency, parts = consistency_loss(rows, objective, ranks, comm)
     relations, more = relations_loss(rows, objective, ranks, comm)
-    return consistency + relations, parts | more
+    embeddings = {"image": rows.image, "text": rows.text}
+    loss, conflict = resolved(consistency, relations, embeddings, objective.conflict, ranks)
+    return loss, parts | more | conflict
 
 
 def consistency_loss(
     rows: Embedded, objective: ObjectiveConfig, ranks: Ranks, comm: str = "auto"
 ) -> tuple[torch.Tensor, Metrics]:
-    """Contrast across modalities, of two views, of two captions, and of students with their teachers."""
+    """Contrast across modalities, of two views, of two captions, and of students with their teachers; matching, and
+    masked words."""
 
     def contrast(first: torch.Tensor, second: torch.Tensor, name: str) -> tuple[torch.Tensor, Metrics]:
         scale_bias_ids = (rows.logit_scale, rows.logit_bias, rows.pair_id)
@@ -61,6 +70,8 @@ def consistency_loss(
         (objective.caption_weight, lambda: contrast(rows.text, rows.second_text, "caption")),
         (objective.iic_weight * rvlr, lambda: contrast(rows.image, rows.projected_teacher_image, "iic")),
         (objective.ttc_weight * rvlr, lambda: contrast(rows.text, rows.projected_teacher_text, "ttc")),
+        (objective.matching_weight * (rows.matching is not None), lambda: matching(rows.matching, ranks)),
+        (objective.mlm_weight, lambda: masked_language(rows.masked, ranks)),
     ]
     return _weighted_sum(terms, rows)
 
@@ -94,7 +105,8 @@ def _rvlr_relations(
         return loss, {name: loss.detach()}
 
     def kd() -> tuple[torch.Tensor, Metrics]:
-        distances = [mixture.distance(rows.image), mixture.distance(rows.text)]
+        students = [rows.image, rows.text] if rows.fused is None else [rows.fused]
+        distances = [mixture.distance(student) for student in students]
         if objective.cross_modal_relation:
             distances.append(mixture.cross_modal_distance(rows.image, rows.text))
         loss = sum(distances) / len(distances)

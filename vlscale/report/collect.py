@@ -1,5 +1,6 @@
 """Gather what a report shows of a run: its metrics, its measures and embeddings, the pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from vlscale.data.samples import read_samples
@@ -14,10 +15,12 @@ def collect_run(name: str, run: Path, data: list[str], progress: Progress | None
     config = run_config(str(run)) or Config()
     annotations, cache = (path and Path(path) for path in (config.eval.annotations, config.eval.cache))
     request = EvalRequest(
-        str(run), data, config.eval.protocol, config.eval.labels, annotations=annotations, cache=cache
-    )
+        str(run), data, config.eval.protocol, config.eval.labels, annotations=annotations, cache=cache,
+        rerank=config.eval.rerank,
+    )  # fmt: skip
     corpus, result = evaluate_model(request, progress)
-    return RunReport(name, run, load_metrics(run), result, corpus, read_images(data, config))
+    alone = replace(corpus, reranked=None)  # galleries show what the dual encoder finds
+    return RunReport(name, run, load_metrics(run), result, alone, read_images(data, config))
 
 
 def read_images(data: list[str], config: Config) -> dict[str, bytes]:

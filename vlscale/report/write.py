@@ -8,8 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlscale.evaluate.embed import EmbeddedCorpus
+from vlscale.evaluate.paired import ENOUGH
 from vlscale.evaluate.table import notes
-from vlscale.report import charts
+from vlscale.logging import without_secrets
+from vlscale.report import charts, study
 from vlscale.report.gallery import galleries
 from vlscale.report.relations import relations
 from vlscale.report.runs import RunReport, check_runs, number
@@ -63,13 +65,15 @@ def write_report(
     teacher: EmbeddedCorpus | None = None,
     before: str | None = None,
     against: str | None = None,
+    methods: study.Study | None = None,
 ) -> Path:
     """Write the runs' report to `path`: one HTML file that needs nothing else.
 
     Tables and curves show all runs; the first screen and the galleries compare the last one with the one named
     `against`, by default the one before it.
     The galleries also show the run named `before`, such as the model that fine-tuning started from. `teacher` holds the
-    teachers' embeddings of the same samples, for the pictures of relation matrices.
+    teachers' embeddings of the same samples, for the pictures of relation matrices; `methods` a study of methods, for a
+    section of its own.
     """
     check_runs(runs, teacher)
     results = {run.name: run.result for run in runs}
@@ -94,8 +98,18 @@ def write_report(
             relations=relations(runs, teacher),
             galleries=galleries([run for run in runs if run not in pair] + pair, before),
             notes=notes(results),
+            study=methods,
         )
     )
+    return _write(path, html)
+
+
+def write_study_page(path: str | Path, methods: study.Study, title: str = "Methods compared") -> Path:
+    """The study alone, as a page of its own."""
+    return _write(path, environment().get_template("study_page.html").render(title=title, study=methods))
+
+
+def _write(path: str | Path, html: str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -118,6 +132,9 @@ def environment() -> Environment:
         "height": charts.HEIGHT,
         "left": charts.LEFT,
         "right": charts.WIDTH - charts.RIGHT,
+        "study_width": study.WIDTH,
+        "study_left": study.LEFT,
+        "enough": ENOUGH,
     }
     return env
 
@@ -167,4 +184,4 @@ def _speed(lines: list[dict]) -> list[float]:
 
 def _config(folder: Path) -> str:
     path = Path(folder) / "config.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return without_secrets(path.read_text(encoding="utf-8")) if path.is_file() else ""

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlscale.data.batch import Batch
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.sections import TrainConfig
+from vlscale.train.disk_faults import optional
+from vlscale.train.drawn import Drawn
 
 
 class BadNumbers(ArithmeticError):
@@ -63,21 +64,21 @@ class Guard:
         self.train, self.folder, self.ranks, self.seen = train, folder, ranks, seen
         self._forget, self._roll_back = forget, roll_back
 
-    def take(self, step: int, batch: Batch, one: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The numbers of `one()`, the step on `batch`; with `skipped_steps` where the policy goes on after bad ones."""
+    def take(self, step: int, drawn: Drawn, one: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The numbers of `one()`, the step on `drawn`; with `skipped_steps` where the policy goes on after bad ones."""
         try:
             values = one()
             self.seen.in_a_row = 0
         except BadNumbers as bad:
             values = bad.values
-            self._after(step, batch, values)
+            self._after(step, drawn, values)
         return values if self.train.bad_numbers == "stop" else values | {"skipped_steps": self.seen.skipped}
 
-    def _after(self, step: int, batch: Batch, values: dict[str, float]) -> None:
+    def _after(self, step: int, drawn: Drawn, values: dict[str, float]) -> None:
         policy, limit = self.train.bad_numbers, self.train.max_bad_steps
         bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value) and name != "grad_norm"]
         what = f"step {step}: {', '.join(bad) or 'the gradient is not finite'}"
-        file = write_bad_step(self.folder, step, batch, values, self.ranks)
+        file = write_bad_step(self.folder, step, drawn, values, self.ranks)
         self._forget()
         if policy == "stop":
             self._stop(f"{what}; nothing was updated or saved, the samples are in {file}; look with `vlscale replay`, "
@@ -106,13 +107,14 @@ class Guard:
         raise StoppedByBadNumbers
 
 
-def write_bad_step(folder: Path, step: int, batch: Batch, values: dict[str, float], ranks: Ranks) -> Path:
-    """`bad-STEP.json`: the step's numbers and the keys of its global batch, in order. On all ranks together."""
-    keys = [key for own in ranks.gather_objects(batch.keys) for key in own]
+def write_bad_step(folder: Path, step: int, drawn: Drawn, values: dict[str, float], ranks: Ranks) -> Path:
+    """`bad-STEP.json`: the step's numbers and the keys of its samples, in order. On all ranks together."""
+    keys = drawn.keys(ranks)
     file = folder / f"bad-{step}.json"
     if ranks.first:
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps({"step": step, "values": numbers, "keys": keys}, indent=1))
-        os.replace(partial, file)
+        with optional(str(file)):
+            partial.write_text(json.dumps({"step": step, "values": numbers, "keys": keys}, indent=1))
+            os.replace(partial, file)
     return file

@@ -1,9 +1,8 @@
 """What a run asks of its teacher cache before anything else is built: that it is whole, and of these teachers."""
 
-from pathlib import Path
-
 from vlscale.data.samples import open_corpus
 from vlscale.data.teacher_cache import BadTeacherCache, CacheHeader, TeacherFacts, read_header
+from vlscale.data.teacher_files import cache_place
 from vlscale.data.teacher_join import Lacking, check_cache, find_lacking
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
@@ -15,7 +14,7 @@ def check_teacher_cache(config: Config, ranks: Ranks) -> None:
     """Raises the same BadTeacherCache on every rank; the ranks share the work. Nothing where there is no cache."""
     if config.teacher_cache is None:
         return
-    folder = Path(config.teacher_cache).expanduser()
+    folder = cache_place(config.teacher_cache, config.data)
     header = read_header(folder)
     if config.data.augment != AugmentConfig():
         get_logger().info("%s: its teachers saw the pictures without data.augment", folder)

@@ -3,7 +3,8 @@
 The probe is the first global batch of the run's stream, the same after a resume and at any number of ranks (at most
 PROBE rows of it for what compares all with all). Towers are in evaluation mode, and nothing is learned from it.
 
-    probe_gradient_cosine           of consistency's and relations' gradients to the embeddings: below 0 they conflict
+    probe_gradient_cosine           of consistency's and relations' gradients to the embeddings: below 0 they conflict;
+                                    not there where relations are those of fused pairs
     probe_modality_gap              distance of the mean image embedding from the mean text embedding
     probe_entropy_image             entropy of the student's relations, row by row, over its maximum; 1: all alike
     probe_teacher_entropy_image     the teacher's
@@ -44,9 +45,10 @@ class Diagnostics:
         parts, module = self.parts, self.parts.engine.module
         module.eval()
         with torch.no_grad():
-            rows = embed(parts.engine.plain, parts, self.probe)
+            rows = embed(parts.engine.plain, parts.at(0, 0), self.probe)
         module.train()
-        values = {} if not parts.objective.distils else {"gradient_cosine": gradient_cosine(rows, parts)}
+        of_embeddings = parts.objective.distils and not (parts.objective.name == "rvlr" and rows.fused is not None)
+        values = {"gradient_cosine": gradient_cosine(rows, parts)} if of_embeddings else {}
         each = -(-PROBE // parts.ranks.size)
         students = [_all(own, each, parts.ranks) for own in (rows.image, rows.text)]
         teachers = (rows.teacher_image, rows.teacher_text)

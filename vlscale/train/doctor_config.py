@@ -14,11 +14,12 @@ from vlscale.data.urls import expand
 from vlscale.models.dual_encoder import final_folder
 from vlscale.models.towers import check_weights
 from vlscale.sections import Config
-from vlscale.train import engine
+from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.doctor import Finding
 
 LOOKED_INTO = 3  # shards that are opened: the first, the middle, the last
 BLOCK = 512  # bytes of a tar's block
+OFFLOADED = {"offload_optimizer": "optimizer states", "offload_param": "weights"}  # DeepSpeed's keys
 
 
 def examine_config(plan: list[PlannedRun], world_size: int) -> list[Finding]:
@@ -63,8 +64,12 @@ def _batch(config: Config, world_size: int) -> str:
 
 
 def _deepspeed(config: Config, world_size: int) -> str:
-    made = engine.deepspeed_config(config, world_size)
-    return f"ZeRO-{made['zero_optimization']['stage']}, {config.engine.dtype}"
+    made = json_for_deepspeed(config, world_size)
+    zero, losses = made["zero_optimization"], config.train.accumulate_losses
+    words = [f"ZeRO-{zero['stage']}", config.engine.dtype]
+    words += [f"{losses} losses an update"] if losses > 1 else []
+    words += [f"{what} on the host" for key, what in OFFLOADED.items() if key in zero]
+    return ", ".join(words)
 
 
 def _shards(what: str, urls: list[str] | None, config: Config) -> str:

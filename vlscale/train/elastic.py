@@ -16,10 +16,12 @@ from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vlscale.distributed import Ranks
+from vlscale.train.checkpoint_files import Files, Tensors
 
+FULL = "full"  # folder in a checkpoint
 _STEPS, _BUFFERS = "steps.json", "buffers.safetensors"
 
 
@@ -43,12 +45,9 @@ class State(Protocol):
     def start_moments(self, moments: list[str], steps: list[float]) -> None: ...
 
 
-def save_full(engine: State, folder: Path) -> None:
+def save_full(engine: State, files: Files) -> None:
     """On all ranks together: each gathers every tensor once and keeps its own share, about 1 / world size."""
     ranks = engine.ranks
-    if ranks.first:
-        folder.mkdir(parents=True)
-    ranks.barrier()
     names, moments = engine.learned_names, engine.moments()
     total, before, own = sum(engine.sizes), 0, {}
     for index, name in enumerate(names):
@@ -57,13 +56,12 @@ def save_full(engine: State, folder: Path) -> None:
         for key in (None, *moments):
             value = engine.full(index, key)
             if mine:
-                own[_label(name, key)] = value.cpu().clone()
-    save_file(own, folder / f"part-{ranks.rank}.safetensors")
+                own[_label(name, key)] = files.copy(value)
+    files.add(f"{FULL}/part-{ranks.rank}.safetensors", Tensors(own))
     steps = engine.optimizer_steps()
     if ranks.first:
-        buffers = {name: value.detach().cpu().contiguous() for name, value in engine.buffers().items()}
-        save_file(buffers, folder / _BUFFERS)
-        (folder / _STEPS).write_text(json.dumps({"moments": moments, "steps": steps}))
+        files.add(f"{FULL}/{_BUFFERS}", Tensors({name: files.copy(value) for name, value in engine.buffers().items()}))
+        files.add(f"{FULL}/{_STEPS}", json.dumps({"moments": moments, "steps": steps}).encode())
 
 
 def load_full(engine: State, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """DeepSpeed, and nothing else of vlscale, lives here: process groups, ZeRO, optimizer step, engine checkpoints.
 
-DeepSpeed's JSON is derived from the config (`deepspeed_config`), never written by hand. It is imported inside the
-functions that start something, so that `vlscale --help` and evaluation do not pay for it.
+It is imported inside the functions that start something, so that `vlscale --help` and evaluation do not pay for it.
 """
 
 import atexit
@@ -22,8 +21,10 @@ from torch.nn.utils import get_total_norm
 
 from vlscale.distributed import Ranks
 from vlscale.sections import Config, EngineConfig
+from vlscale.train.checkpoint_files import Files, handed_over
+from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.elastic import load_full, save_full
-from vlscale.train.gradients import Gradients, Held, parameter_norm, shifted
+from vlscale.train.gradients import Gradients, Held, Move, moving, parameter_norm
 from vlscale.train.optimizer import build_optimizer, set_rates
 
 TAG = "engine"  # folder of DeepSpeed's files inside one of our checkpoints
@@ -55,28 +56,6 @@ def start_ranks(engine: EngineConfig) -> Ranks:
     return Ranks(rank, size, device, dist.group.WORLD if size > 1 else None)
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for this run."""
-    derived = {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.global_batch_size // world_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip_norm,
-        "bf16": {"enabled": config.engine.dtype == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-    }
-    extra = dict(config.engine.deepspeed)
-    if taken := sorted(derived.keys() & extra.keys()):
-        raise ValueError(f"engine.deepspeed.{taken[0]} is derived from other keys of the config; set those instead")
-    zero = {"stage": config.engine.zero_stage} | extra.pop("zero_optimization", {})
-    if zero["stage"] != config.engine.zero_stage:
-        raise ValueError("engine.deepspeed.zero_optimization.stage contradicts engine.zero_stage; set only the latter")
-    if config.engine.dtype == "bf16":  # without ZeRO, DeepSpeed has no float32 master weights: stage 1 is the same sum
-        zero["stage"] = max(1, zero["stage"])
-    return derived | {"zero_optimization": zero} | extra
-
-
 class Engine:
     """One model under DeepSpeed. Every method is called by all ranks together."""
 
@@ -84,11 +63,13 @@ class Engine:
         deepspeed = _import_deepspeed()
         self.ranks = ranks
         self._optimizer = build_optimizer(model, config.optim)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(config, ranks.size),
+            config=json_for_deepspeed(config, ranks.size, learned),
         )
+        self._losses, self._taken = config.train.accumulate_losses, 0  # of an update, and of the one being made
         self._sharded = config.engine.zero_stage > 0 or config.engine.dtype == "bf16"
         self._split = ranks if config.engine.zero_stage == 3 else None  # the ranks that parameters are split over
         self.learned_names = [name for name, p in self.module.named_parameters() if p.requires_grad]
@@ -109,16 +90,18 @@ class Engine:
         return self.module(**inputs)
 
     def backward(self, loss: torch.Tensor, change: Callable[[int, torch.Tensor], torch.Tensor] | None = None) -> None:
-        """`change`: given a learned parameter's place in `learned` and this rank's gradient of it, the gradient that
-        the engine is to average instead."""
+        """Of one of the losses that the update is the mean of. `change`: given a learned parameter's place in `learned`
+        and this rank's gradient of it, the gradient that the engine is to average instead."""
+        changed = self.learned if change is not None else []
         hooks = [
-            parameter.register_hook(lambda grad, index=index: change(index, grad))
-            for index, parameter in enumerate(self.learned if change is not None else [])
+            parameter.register_hook(lambda grad, index=index: change(index, grad) / self._losses)
+            for index, parameter in enumerate(changed)
         ]
         self._norms = []
         hooks += [parameter.register_hook(self._note_norm) for parameter in self.learned]
+        self._engine.set_gradient_accumulation_boundary(self._taken + 1 == self._losses)
         try:
-            self._engine.backward(loss)
+            self._engine.backward(loss, scale_wrt_gas=change is None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -136,15 +119,22 @@ class Engine:
         return Gradients.of(loss, self.learned, self.ranks)
 
     @contextmanager
-    def shifted(self, along: Gradients, rate: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Parameters moved by rate * along inside the block; see `gradients.shifted`."""
+    def moving(self) -> Iterator[Move]:
+        """Parameters that can be moved along gradients inside the block; see `gradients.moving`."""
         self._drop_gathered()
-        with shifted(self._held(), along, rate, self._split) as cosine:
-            yield cosine
-            self._drop_gathered()
+        with moving(self._held(), self._split) as move:
+
+            def moved(along: Gradients, rate: torch.Tensor) -> torch.Tensor:
+                self._drop_gathered()
+                return move(along, rate)
+
+            try:
+                yield moved
+            finally:
+                self._drop_gathered()
 
     def parameter_norm(self) -> torch.Tensor:
-        return parameter_norm(self._held(), self._split)
+        return parameter_norm(self._held(), self._split, self.ranks.device)
 
     def _held(self) -> list[Held]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
@@ -180,13 +170,18 @@ class Engine:
         set_rates(self._optimizer, lr, step)
 
     def step(self) -> float:
-        """Average the gradients over ranks, clip them, update. Returns the global gradient norm before clipping."""
+        """After each backward. After the last of an update's losses: average the gradients over ranks, clip them by the
+        norm of the mean, update. Returns that norm; NaN while losses are still missing."""
+        self._taken = (self._taken + 1) % self._losses
+        if self._taken:
+            return float("nan")
         plain = None if self._sharded else self._norm_of_averaged_gradients()
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if plain is None else plain)
 
     def drop_gradients(self) -> None:
-        """Forget the last backward; what DeepSpeed does with gradients that overflowed."""
+        """Forget the backwards since the last update; what DeepSpeed does with gradients that overflowed."""
+        self._taken = 0
         optimizer = self._engine.optimizer
         optimizer.zero_grad()
         if hasattr(optimizer, "_release_preflattened_grad_buffers"):  # stages 1 and 2
@@ -202,15 +197,19 @@ class Engine:
         """Stage 0 in fp32 has no DeepSpeed optimizer that would know it; gradients are already averaged."""
         return get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=TAG)
+    def save(self, folder: Path, files: Files) -> None:
+        """DeepSpeed's files of a checkpoint that is to be at `folder` go to `files`."""
+        with handed_over(self._engine, folder, files):
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.ranks.first:
+            files.add("latest", TAG.encode())  # what DeepSpeed's own tools look for
 
     def load(self, folder: Path) -> None:
         self._engine.load_checkpoint(str(folder), tag=TAG)
         self._moments_moved()
 
-    def save_full(self, folder: Path) -> None:
-        save_full(self, folder)
+    def save_full(self, files: Files) -> None:
+        save_full(self, files)
 
     def load_full(self, folder: Path) -> None:
         load_full(self, folder)
@@ -275,7 +274,9 @@ class Engine:
     def start_moments(self, moments: list[str], steps: list[float]) -> None:
         """The optimizer as it is after that many steps of its groups, moments zero."""
         for flat, group in self._flat_parts():
-            count = {"step": torch.tensor(steps[group], dtype=torch.float32)}
+            fused = self._optimizer.defaults.get("fused")  # it reads the count where it computes
+            device = flat.device if fused else None
+            count = {"step": torch.tensor(steps[group], dtype=torch.float32, device=device)}
             self._optimizer.state[flat] = count | {key: torch.zeros_like(flat) for key in moments}
         self._moments_moved()
         self._link_moments()

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlscale.distributed import Ranks
+from vlscale.distributed import Ranks, all_reduce
 from vlscale.models.rows import wide
+
+BUCKET = 1 << 24  # numbers that travel at once: 64 MB
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Gradients:
     def of(cls, loss: torch.Tensor, parameters: list[nn.Parameter], ranks: Ranks) -> "Gradients":
         """Of the global batch: averaged over ranks in float32 at least, as a data-parallel engine does."""
         parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return cls([part if part is None else _average(part, ranks) for part in parts])
+        return cls(list(parts) if ranks.group is None else _averaged(parts, parameters, ranks))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         part = self._parts[index]
@@ -42,32 +44,42 @@ class Gradients:
         return part
 
     def along(self, index: int, held: Held) -> torch.Tensor | None:
-        """The elements of one part that `held` has, or None."""
+        """The elements of one part that `held` has, where it has them, or None."""
         part = self._parts[index]
-        return None if part is None else part.reshape(-1)[held.start : held.start + held.values.numel()]
+        if part is None:
+            return None
+        return part.reshape(-1)[held.start : held.start + held.values.numel()].to(held.values.device)
 
     def norm(self) -> torch.Tensor:
-        return torch.stack([wide(part).norm() for part in self._parts if part is not None]).norm()
+        return torch.stack([_norm(part) for part in self._parts if part is not None]).norm()
 
     def add_(self, other: "Gradients", scale: float | torch.Tensor = 1.0) -> "Gradients":
         """In place: self + scale * other."""
         for own, more in zip(self._parts, other._parts, strict=True):
-            if own is not None and more is not None:
-                own.add_((wide(more) * scale).to(own.dtype))
+            if own is None or more is None:
+                continue
+            if torch.is_tensor(scale):
+                torch.addcmul(own, more, scale.to(own.dtype), out=own)
+            else:
+                own.add_(more, alpha=scale)
         return self
 
 
-@contextmanager
-def shifted(held: list[Held], along: Gradients, rate: torch.Tensor, ranks: Ranks | None) -> Iterator[torch.Tensor]:
-    """Parameters moved by rate * along inside the block, and put back bit for bit at its end, also after an error.
+Move = Callable[[Gradients, torch.Tensor], torch.Tensor]
 
-    The shift starts from the master weights and is rounded once. Gives the cosine () between the intended and the
+
+@contextmanager
+def moving(held: list[Held], ranks: Ranks | None) -> Iterator[Move]:
+    """Inside the block `move(along, rate)` puts the parameters at where they were before it, plus rate * along; at its
+    end they are put back bit for bit, also after an error.
+
+    Every move starts from the master weights and is rounded once. It gives the cosine () between the intended and the
     realised shift: 1 in float32; in bf16 it falls where a step is small against the spacing of the weights. `ranks`:
     over which the parameters are split; None: each holds them whole.
     """
     before = [own.values.clone() for own in held]
     try:
-        yield _move(held, before, along, rate, ranks)
+        yield lambda along, rate: _move(held, before, along, rate, ranks)
     finally:
         for own, values in zip(held, before, strict=True):
             own.values.copy_(values)
@@ -82,24 +94,58 @@ def _move(
         part = along.along(index, own)
         if part is None:
             continue
-        intended = wide(part) * rate
-        if own.values.dtype == intended.dtype:  # the values are their own master, and nothing is lost
-            own.values.add_(intended)
+        factor = rate.to(part.device)
+        if own.values.dtype == torch.promote_types(part.dtype, torch.float32):  # its own master, and nothing is lost
+            torch.addcmul(before[index], part, factor.to(part.dtype), out=own.values)
             continue
-        own.values.copy_(wide(own.master()) + intended)
+        intended = wide(part) * factor
+        own.values.copy_(wide(own.master()).to(part.device) + intended)
         realised = wide(own.values) - wide(before[index])
-        products += torch.stack([intended @ realised, intended @ intended, realised @ realised]).double()
+        found = torch.stack([intended @ realised, intended @ intended, realised @ realised])
+        products += found.double().to(products.device)
     if ranks is not None:
         ranks.sum(products)
     length = products[1].sqrt() * products[2].sqrt()
     return torch.where(length > 0, products[0] / length.clamp(min=1e-300), torch.ones_like(length)).float()
 
 
-def parameter_norm(held: list[Held], ranks: Ranks | None) -> torch.Tensor:
+def parameter_norm(held: list[Held], ranks: Ranks | None, device: torch.device) -> torch.Tensor:
     """() over all learned parameters; `ranks`: over which they are split."""
-    squares = torch.stack([wide(own.values).square().sum() for own in held]).sum()
-    return squares.sqrt() if ranks is None else ranks.sum(squares).sqrt()
+    norm = torch.stack([_norm(own.values) for own in held]).norm().to(device)
+    return norm if ranks is None else ranks.sum(norm.square()).sqrt()
 
 
-def _average(part: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    return part if ranks.group is None else (ranks.sum(wide(part).clone()) / ranks.size).to(part.dtype)
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _averaged(
+    parts: tuple[torch.Tensor | None, ...], parameters: list[nn.Parameter], ranks: Ranks
+) -> list[torch.Tensor | None]:
+    """Every part's mean over ranks, by buckets of neighbours. What only some ranks have counts as zero on the others:
+    they agree first on what travels, so that a rank which reached less cannot make the others wait."""
+    reached = torch.tensor([part is not None for part in parts], dtype=torch.int32, device=ranks.device)
+    anywhere = [index for index, count in enumerate(all_reduce(reached, ranks).tolist()) if count]
+    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters]  # ZeRO-3's own is empty
+    found: list[torch.Tensor | None] = [None] * len(parts)
+    for bucket in _buckets(anywhere, shapes):
+        own = [parameters[i].new_zeros(shapes[i]) if parts[i] is None else parts[i] for i in bucket]
+        flat = torch.cat([wide(part).reshape(-1) for part in own])
+        mean = all_reduce(flat, ranks).div_(ranks.size)
+        for index, part, values in zip(bucket, own, mean.split([part.numel() for part in own]), strict=True):
+            found[index] = values.view(part.shape).to(part.dtype)
+    return found
+
+
+def _buckets(indices: list[int], shapes: list[torch.Size]) -> Iterator[list[int]]:
+    """Runs of at most BUCKET numbers, or of one tensor."""
+    run, total = [], 0
+    for index in indices:
+        count = shapes[index].numel()
+        if run and total + count > BUCKET:
+            yield run
+            run, total = [], 0
+        run.append(index)
+        total += count
+    if run:
+        yield run

@@ -9,6 +9,7 @@ from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.tokens import tokenise
 from vlscale.models.rows import unit
 from vlscale.models.teachers import Teacher, Teachers
+from vlscale.objectives.masked_language import Words
 
 
 class Inputs:
@@ -23,7 +24,11 @@ class Inputs:
         device: torch.device,
         max_length: int,
         dtype: torch.dtype = torch.float32,
+        fuses: bool = False,
+        words: Words | None = None,
     ):
+        """`fuses`: whether the student has a fusion encoder; `words`: what masking needs, where words are masked."""
+        self.fuses, self.words = fuses, words
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
         self._dtype = dtype  # of cached rows, as the teachers' own would be
         self._teacher_spec = spec

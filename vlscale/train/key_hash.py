@@ -1,4 +1,4 @@
-"""What all ranks together know of a global batch: the hash of its sample keys, and how much of it was lost.
+"""What all ranks together know of an update's samples: the hash of their keys, and how much was lost.
 
 The hash is the sum over positions of a 64-bit hash of (position, sample key), modulo 2^64: each rank adds its own part,
 so it is equal at any number of ranks.
@@ -8,16 +8,18 @@ from hashlib import blake2b
 
 import torch
 
-from vlscale.data.batch import Batch
 from vlscale.distributed import Ranks
+from vlscale.train.drawn import Drawn
 
 _WRAP = 1 << 64
 
 
-def batch_facts(batch: Batch, ranks: Ranks) -> dict[str, str | int]:
-    """`keys`: 16 hexadecimal digits for the whole batch; `skipped`: samples left out since the start; `truncated`:
-    captions of this batch that were cut. One int64 all_reduce."""
-    own = [key_hash(batch.keys, batch.positions), batch.skipped, batch.truncated]
+def batch_facts(drawn: Drawn, ranks: Ranks) -> dict[str, str | int]:
+    """`keys`: 16 hexadecimal digits for the whole update; `skipped`: samples left out since the start; `truncated`:
+    captions of this update that were cut. One int64 all_reduce."""
+    keys = [key for batch in drawn.batches for key in batch.keys]
+    truncated = sum(batch.truncated for batch in drawn.batches)
+    own = [key_hash(keys, torch.cat(drawn.positions(ranks))), drawn.last.skipped, truncated]
     keys, skipped, truncated = ranks.sum(torch.tensor(own, dtype=torch.int64, device=ranks.device)).tolist()
     return {"keys": f"{keys % _WRAP:016x}", "skipped": skipped, "truncated": truncated}
 

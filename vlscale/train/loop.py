@@ -8,16 +8,18 @@ from itertools import chain
 from pathlib import Path
 
 from vlscale.data.batch import Batch
-from vlscale.data.samples import open_corpus
+from vlscale.data.samples import check_caption_field, open_corpus
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.models.hf_folder import save_folder
 from vlscale.progress import Progress
 from vlscale.sections import Config
-from vlscale.train.bad_numbers import BadSteps
+from vlscale.train.bad_numbers import BadSteps, StoppedByBadNumbers
 from vlscale.train.best import Best
 from vlscale.train.checkpoint import Checkpoints, Layout, Restored
+from vlscale.train.checkpoint_remote import Remote, open_remote
 from vlscale.train.diagnostics import Diagnostics
+from vlscale.train.disk_faults import CannotWrite, check_writable, optional, stop, written_by_first
 from vlscale.train.engine import Engine
 from vlscale.train.key_hash import batch_facts
 from vlscale.train.metrics_file import MetricsFile
@@ -32,9 +34,14 @@ from vlscale.train.setup import (
     claim_folder,
 )
 from vlscale.train.stop import StoppedBySignal, StopWatch
+from vlscale.train.stragglers import Stragglers
+from vlscale.train.teacher_reliability import weighed
+from vlscale.train.terminal import Note
 from vlscale.train.trainer import Trainer
 from vlscale.train.validate import Validation
 from vlscale.train.watchdog import Watchdog
+
+CHECKPOINTS = "checkpoints"  # folder in a run
 
 
 @dataclass(frozen=True)
@@ -65,32 +72,36 @@ class Opened:
 
     def trainer(self) -> Trainer:
         job, bad = self.job, self.restored.bad_steps if self.restored else BadSteps()
-        return Trainer(job.config, job.folder, self.parts, self.engine, self.checkpoints, job.ranks, bad)
+        config = weighed(job.config, self.parts, job.ranks)
+        return Trainer(config, job.folder, self.parts, self.engine, self.checkpoints, job.ranks, bad)
 
     def save_model(self, folder: Path) -> None:
-        weights, parts = self.engine.weights(), self.parts
-        if self.job.ranks.first:
-            save_folder(folder, parts.model, weights, parts.tokenizer, parts.image_processor)
-        self.job.ranks.barrier()
+        weights, parts, ranks = self.engine.weights(), self.parts, self.job.ranks
+        with written_by_first(folder, ranks):
+            if ranks.first:
+                save_folder(folder, parts.model, weights, parts.tokenizer, parts.image_processor)
 
 
 @contextmanager
-def open_run(job: Job, before: int | None = None) -> Iterator[Opened]:
-    """From its newest complete checkpoint, of a step below `before`, or from the start. Nothing is written."""
+def open_run(job: Job, before: int | None = None, remote: Remote | None = None) -> Iterator[Opened]:
+    """From its newest complete checkpoint, of a step below `before`, or from the start. Nothing is written. `remote`:
+    where its checkpoints are copied."""
     config, folder, ranks = job.config, job.folder, job.ranks
-    open_corpus(config.data.train, config.data, "data.train")  # what is wrong with it is said before a model is built
+    corpus = open_corpus(config.data.train, config.data, "data.train")
+    check_caption_field(corpus, config.data)  # what is wrong with it is said before a model is built
     check_monitors(config.log)
     parts = build_parts(config, folder, ranks)
     engine = Engine(parts.model, config, ranks)
+    layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, layout, engine, ranks, config.train, remote)
     try:
-        layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
-        checkpoints = Checkpoints(folder / "checkpoints", layout, engine, ranks, config.train)
         restored = checkpoints.load(before)
         stream = build_stream(config, parts, ranks, restored and restored.stream_state)
         check_same_data(stream.manifest.hash, ranks)
         with closing(iter(stream)) as batches:
             yield Opened(job, parts, engine, checkpoints, restored, batches)
     finally:
+        checkpoints.close()
         engine.close()
 
 
@@ -100,14 +111,26 @@ def train_run(job: Job, *, resume: bool) -> None:
     if resume and (folder / "final").is_dir():
         get_logger().info("%s: complete, nothing to do", name)
         return
-    with Watchdog(folder, ranks, config.engine.step_timeout_seconds) as watchdog, open_run(job) as run:
+    check_writable(folder, ranks)
+    remote = open_remote(folder / CHECKPOINTS, config.train, name, ranks, resume=resume)
+    timeouts = config.engine.timeout_seconds, min(config.engine.timeout_seconds, config.engine.warm_timeout_seconds)
+    with (
+        Watchdog(folder, ranks, config.engine.step_timeout_seconds, timeouts) as watchdog,
+        open_run(job, remote=remote) as run,
+    ):
         watchdog.enter("data", run.step + 1)
         first = next(run.batches)
         check_teachers(run.parts, first, ranks)
-        claim_folder(folder, config, run.parts.tokenizer, ranks)
-        _steps(run, chain([first], run.batches), watchdog)
-        watchdog.enter("saving after the last", config.train.max_steps)
-        run.save_model(folder / "final")
+        try:
+            with written_by_first(folder, ranks):
+                if ranks.first:
+                    claim_folder(folder, config, run.parts.tokenizer, Ranks())
+            _steps(run, chain([first], run.batches), watchdog)
+            watchdog.enter("saving after the last", config.train.max_steps)
+            run.save_model(folder / "final")
+            run.checkpoints.finish()
+        except CannotWrite as fault:
+            stop(f"{fault}; make room, and continue with --resume", ranks)
         if ranks.first:
             get_logger().info("%s: finished, model in %s", name, folder / "final")
 
@@ -117,13 +140,15 @@ def _steps(run: Opened, batches: Iterator[Batch], watchdog: Watchdog) -> None:
     train, first_step, engine = config.train, run.step, run.engine
     if first_step:
         get_logger().info("%s: continuing after step %d", name, first_step)
-    metrics = MetricsFile(folder / "metrics.jsonl", keep_until=first_step) if ranks.first else None
-    monitors = Monitors(config.log, folder, name, keep_until=first_step) if ranks.first else None
-    validation = Validation(config, folder, run.parts, ranks, keep_until=first_step)
-    best = Best(folder, train.keep_best, ranks, keep_until=first_step) if train.keep_best else None
+    with written_by_first(folder, ranks):
+        metrics = MetricsFile(folder / "metrics.jsonl", keep_until=first_step) if ranks.first else None
+        monitors = Monitors(config.log, folder, name, keep_until=first_step) if ranks.first else None
+        validation = Validation(config, folder, run.parts, ranks, keep_until=first_step)
+        best = Best(folder, train, ranks, keep_until=first_step) if train.keep_best else None
     trainer = run.trainer()
     diagnostics = Diagnostics(trainer.step_parts, build_probe(config, run.parts, ranks), config.log.diagnostics_every)
-    pairs = trainer.with_test_batch(batches)
+    stragglers = Stragglers(ranks, config.log.every)
+    draws, note = trainer.draws(batches), Note()
     with (
         StopWatch(ranks, folder, train.checkpoint_minutes) as stop_watch,
         Progress(
@@ -137,35 +162,49 @@ def _steps(run: Opened, batches: Iterator[Batch], watchdog: Watchdog) -> None:
     ):
         for step in range(first_step + 1, train.max_steps + 1):
             started = time.perf_counter()
+            stragglers.begin()
             watchdog.enter("data", step)
-            batch, test_batch = next(pairs)
+            drawn = next(draws)
             watchdog.enter("step", step)
-            values = trainer.step(step, batch, test_batch)
+            try:
+                values = trainer.step(step, drawn)
+            except StoppedByBadNumbers:
+                run.checkpoints.wait()  # the one of a good step before
+                raise
             if diagnostics.due(step):
                 values |= diagnostics.run()
-            facts = batch_facts(batch, ranks)
+            facts = batch_facts(drawn, ranks)
             seconds = time.perf_counter() - started
+            values |= stragglers.compare(step)
             if metrics is not None:
-                line = {"step": step} | values | {"lr": trainer.rate(step), "samples": step * train.global_batch_size}
-                line |= {"seconds": seconds, "epoch": batch.epoch} | facts
+                line = {"step": step} | values | {"lr": trainer.rate(step), "samples": step * train.pairs_a_step}
+                line |= {"seconds": seconds, "epoch": drawn.last.epoch} | facts
                 metrics.write(line)
-                monitors.write(step, line)
-            progress.advance(units=train.global_batch_size, note=f"loss {values['loss']:.4f}")
+                with optional("what monitors show"):
+                    monitors.write(step, line)
+            progress.advance(units=train.pairs_a_step, note=note.of(values))
             if validation.due(step):
                 watchdog.enter("validation", step)
                 measured = validation.run(step, engine.module)
                 if monitors is not None:
-                    monitors.write(step, measured, "eval")
+                    with optional("what monitors show"):
+                        monitors.write(step, measured, "eval")
+                    note.validated(step, measured)
                 if best is not None:
                     best.consider(step, measured, run.save_model)
-            asked = stop_watch.asked()
+            asked = stop_watch.asked(busy=run.checkpoints.busy)
+            run.checkpoints.poll(busy_anywhere=asked.busy)
             if asked.save or step == train.max_steps or step % train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
-                run.checkpoints.save(step, batch.state, trainer.bad_steps)
+                run.checkpoints.save(step, drawn.last.state, trainer.bad_steps)
+                if asked.by:
+                    run.checkpoints.finish(stopping=step < train.max_steps)
                 stop_watch.saved(stopping=bool(asked.by))
             if asked.by and step < train.max_steps:
                 get_logger().info("%s: stopped by %s after step %d; continue with --resume", name, asked.by, step)
                 raise StoppedBySignal
+        run.checkpoints.wait()
     if metrics is not None:
         metrics.close()
-        monitors.close()
+        with optional("what monitors show"):
+            monitors.close()

@@ -18,12 +18,13 @@ from vlscale.data.lanes import choose_lanes
 from vlscale.distributed.blocks import choose_comm
 from vlscale.models.dual_encoder import final_folder
 from vlscale.sections import Config, ModelConfig
-from vlscale.train import engine
+from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.memory_plan_trace import TowerCost, picture_side, trace_towers
 
 MASTER = 4  # bytes of a master weight, of a moment, and of a gradient inside a loss
 BUCKET = 500_000_000  # numbers: DeepSpeed's default reduce_bucket_size
 LIVE = 1_000_000_000  # numbers: DeepSpeed's default stage3_max_live_parameters
+IDS = 20  # bytes of a pair's id, and of its sums over positives
 WAVE_BYTES = 1 << 30  # the Triton losses' at their largest
 
 
@@ -66,6 +67,20 @@ class Run:
     @property
     def learned(self) -> int:
         return sum(tower.learned for tower in self.towers.values())
+
+    @property
+    def losses(self) -> int:
+        """Of one update, each over a global batch of its own."""
+        return self.config.train.accumulate_losses
+
+    @property
+    def gradient_size(self) -> int:
+        """Bytes of a gradient that waits: sums of several losses are float32."""
+        return MASTER if self.losses > 1 else self.size
+
+    def offloads(self, key: str) -> bool:
+        """`offload_optimizer` or `offload_param`, of DeepSpeed's keys."""
+        return (self.zero.get(key) or {}).get("device", "none") != "none"
 
     @property
     def chunked(self) -> bool:
@@ -122,10 +137,14 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
     if (memory | passing).get("buckets", 0) > 2 * facts.learned * facts.size:
         zero = "engine.deepspeed={zero_optimization: {reduce_bucket_size: NUMBERS}}"
         notes.append(f"buckets are larger than all gradients: {zero} makes them smaller")
+    if facts.losses > 1:
+        notes.append(f"a step is {facts.losses} losses, each over {config.train.global_batch_size} pairs of its own")
     if config.teacher.source == "cache":
         notes.append("the cached teachers are counted as wide as the student")
     if config.meta.mode != "joint":
         notes.append(f"meta.mode={config.meta.mode}: the meta step's own passes are not counted, only the joint step's")
+    if config.model.fusion is not None:
+        notes.append("the fusion encoder, and what towers do for it, are not counted: only the dual encoder is")
     if config.objective.name == "rvlr":
         notes.append("the projections of the teachers' embeddings and rvlr's own terms are not counted")
     return RunPlan(
@@ -147,7 +166,7 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
 
 def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
     """Traces the towers of a run; seconds for a large one."""
-    chunk, zero = config.train.chunk_size, engine.deepspeed_config(config, world)["zero_optimization"]
+    chunk, zero = config.train.chunk_size, json_for_deepspeed(config, world)["zero_optimization"]
     whole = Run(config, world, {}, {}, {}, {}, picture_side(config), zero)
     if chunk is not None and whole.local % chunk:
         raise ValueError(
@@ -161,9 +180,10 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
         teacher = _teacher_config(config, plan)
         teachers = trace_towers(teacher, dict.fromkeys(rows, whole.local), learning=False)
     widths = {name: tower.width for name, tower in teachers.items()}
-    return replace(
-        whole, towers=trace_towers(config, rows), forwards=forwards, teachers=teachers, teacher_widths=widths
-    )
+    towers = trace_towers(config, rows)
+    learned = sum(tower.learned for tower in towers.values())
+    zero = json_for_deepspeed(config, world, learned)["zero_optimization"]
+    return replace(whole, towers=towers, forwards=forwards, teachers=teachers, teacher_widths=widths, zero=zero)
 
 
 def _teacher_config(config: Config, plan: list[PlannedRun]) -> Config:
@@ -171,13 +191,15 @@ def _teacher_config(config: Config, plan: list[PlannedRun]) -> Config:
     if config.teacher.source == "frozen_copy":
         return config
     towers = {"vision": config.teacher.image, "text": config.teacher.text}
-    sections = {}
+    sections: dict[str, Any] = {"fusion": None}
     for modality, source in towers.items():
         if source.startswith(STAGE_PREFIX):
             stage = next((r for r in plan if r.name == source.removeprefix(STAGE_PREFIX)), None)
             if stage is None:
                 raise ValueError(f"teacher: {source} names no stage of this plan")
             sections[modality] = getattr(stage.config.model, modality)
+            if modality == "text":
+                sections["fusion"] = stage.config.model.fusion
         else:
             own = getattr(ModelConfig(), modality)
             sections[modality] = own.model_copy(update={"source": final_folder(source)})
@@ -196,12 +218,13 @@ def _persistent(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         "teacher weights": sum(tower.parameters for tower in run.teachers.values()) * run.size,
     }
     if stage == 3:  # made once, at the start
-        device |= {"gradients": run.learned * run.size // run.world, "buckets": _bucket_bytes(run)}
+        device |= {"gradients": run.learned * run.gradient_size // run.world, "buckets": _bucket_bytes(run)}
         live = min(run.parameters, int(run.zero.get("stage3_max_live_parameters", LIVE)))
         device["gathered weights, at most"] = live * run.size * (run.world > 1)
     host = {}
-    for key, parts in (("offload_optimizer", ("master weights", "optimizer states")), ("offload_param", ("weights",))):
-        if (run.zero.get(key) or {}).get("device", "none") != "none":
+    of_optimizer = ("master weights", "optimizer states", *(("gradients",) if stage == 3 else ()))
+    for key, parts in (("offload_optimizer", of_optimizer), ("offload_param", ("weights",))):
+        if run.offloads(key):
             host |= {part: device.pop(part) for part in parts}
     return device, host
 
@@ -211,7 +234,7 @@ def _passing(run: Run) -> dict[str, int]:
     stage = run.stage
     passing = {"inputs": _input_bytes(run), "activations": _activation_bytes(run), "loss": _loss_bytes(run)}
     if stage < 3:
-        passing["gradients"] = run.learned * run.size // (run.world if stage == 2 else 1)
+        passing["gradients"] = run.learned * run.gradient_size // (run.world if stage == 2 else 1)
     if stage in (1, 2):
         passing["buckets"] = _bucket_bytes(run)
     return passing
@@ -219,7 +242,7 @@ def _passing(run: Run) -> dict[str, int]:
 
 def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     """Bytes at the four moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
-    they are, while activations become fewer."""
+    they are, while activations become fewer. Those of an update's earlier losses are there all the while."""
     stage, vision, text = run.stage, run.towers["vision"], run.towers["text"]
     always += passing["inputs"]
     gradients, activations = passing.get("gradients", 0), passing["activations"]
@@ -235,9 +258,15 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
         backward = max(backward, with_gradients)
     elif stage < 3:
         backward += passing["buckets"] + (gradients if stage == 2 and run.world > 1 else 0)
+    if run.losses > 1:
+        backward = max(backward, sum(passing.values()) - passing["inputs"])
     flat = run.learned * MASTER // run.sharded  # gradients in one piece, for the optimizer or the reduction
     largest = max(tower.largest for tower in run.towers.values())
     scratch = 2 * MASTER * (run.learned // run.sharded if stage else largest)
+    if run.offloads("offload_optimizer"):
+        flat = scratch = 0
+    elif run.config.optim.fused is not False:
+        scratch = 0
     return {
         "inputs": always + 2 * _pixel_bytes(run),  # scaling and normalising make copies
         "teachers": always + max((tower.peak for tower in run.teachers.values()), default=0),
@@ -300,11 +329,12 @@ def _loss_bytes(run: Run) -> int:
 
 
 def traffic(run: Run) -> dict[str, int]:
-    """Bytes that a rank receives in one step, by what they are for.
+    """Bytes that a rank receives in one update, by what they are for; stages 2 and 3 reduce after every loss.
 
     A contrast by gather: (W-1)/W N (D e + 4 D + 8), columns there, their gradients back in float32, sums; by ring
-    (W-1) b (D e + 4) forward and W b (D e + 8 + 4 D) backward. Relations: (W-1)/W N (e (D + D_teacher) + 8),
-    which a half ring does not change much. Gradients and weights: (W-1)/W of them for each time that they travel.
+    (W-1) b (2 D e + 4) + N (4 D + 4), columns in both passes, gradients and sums all the way round; and IDS of a pair
+    for pair ids. Relations: (W-1)/W N (e (D + D_teacher) + 8), which a half ring does not change much. Gradients and
+    weights: (W-1)/W of them for each time that they travel.
     """
     if run.world == 1:
         return {}
@@ -314,20 +344,23 @@ def traffic(run: Run) -> dict[str, int]:
     if run.comm == "gather":
         contrast = others * (everyone * width * (run.size + MASTER) + 8 * everyone)
     else:
-        forward = (run.world - 1) * run.local * (width * run.size + 4)
-        contrast = forward + run.world * run.local * (width * run.size + 8 + MASTER * width)
+        columns = (run.world - 1) * run.local * (2 * width * run.size + 4)
+        contrast = columns + everyone * (MASTER * width + 4)
+    contrast += others * everyone * IDS
     relation = sum(others * everyone * (both * run.size + 8) for both in relations)
-    gradients = others * run.learned * run.size * (2 if stage == 0 else 1)
-    weights = {0: 0.0, 1: 1.0, 2: 1.0, 3: 3.0 * max(run.forwards.values()) if run.chunked else 2.0}[stage]
+    gradients = others * run.learned * run.size * {0: 2, 1: 1, 2: run.losses, 3: run.losses}[stage]
+    again = 3.0 if run.chunked or run.config.engine.activation_checkpointing else 2.0
+    passes = again * max(run.forwards.values()) * run.losses
+    weights = {0: 0.0, 1: 1.0, 2: 1.0, 3: passes}[stage]
     return {
-        "losses": int(contrasts * contrast + relation),
+        "losses": int(contrasts * contrast + relation) * run.losses,
         "gradients": int(gradients),
         "weights, at most" if stage == 3 else "weights": int(others * run.parameters * run.size * weights),
     }
 
 
 def operations(run: Run) -> dict[str, int]:
-    """Multiplications and additions of a rank in one step: products only, as FLOP counters count."""
+    """Multiplications and additions of a rank in one update: products only, as FLOP counters count."""
     contrasts, relations = _terms(run)
     everyone, width = run.config.train.global_batch_size, run.config.model.embed_dim
     towers = sum(
@@ -337,7 +370,7 @@ def operations(run: Run) -> dict[str, int]:
     contrast = 8 * everyone**2 * width
     relation = sum(4 * everyone**2 * both + 2 * everyone**2 * width for both in relations)
     return {
-        "towers": towers,
-        "teachers": sum(tower.forward_flops for tower in run.teachers.values()),
-        "losses": (contrasts * contrast + relation) // run.world,
+        "towers": towers * run.losses,
+        "teachers": sum(tower.forward_flops for tower in run.teachers.values()) * run.losses,
+        "losses": (contrasts * contrast + relation) // run.world * run.losses,
     }

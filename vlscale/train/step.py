@@ -5,7 +5,7 @@ two; all take the same arguments, and `steps.STEPS` names them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,10 +13,12 @@ from vlscale.data.batch import Batch
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.models.dual_encoder import Embeddings, Features
+from vlscale.models.fused_pairs import Fusing
 from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import MetaConfig, ObjectiveConfig
 from vlscale.train.bad_numbers import BadNumbers
 from vlscale.train.engine import Engine
+from vlscale.train.fusing import Draws
 from vlscale.train.inputs import Inputs
 
 Forward = Callable[..., Embeddings | Features]
@@ -33,7 +35,12 @@ class StepParts:
     ranks: Ranks
     chunk_size: int | None
     comm: str = "auto"
+    draws: Draws = field(default_factory=Draws)  # of this step alone, see `at`
     said: set[str] = field(default_factory=set)
+
+    def at(self, seed: int, number: int) -> "StepParts":
+        """For the run's global batch of this number: what is random about a step is a function of it and the seed."""
+        return replace(self, draws=Draws(seed, number))
 
     def warn_once(self, message: str, *values: float) -> None:
         if self.ranks.first and message not in self.said:
@@ -72,9 +79,11 @@ def embed(forward: Forward, parts: StepParts, batch: Batch) -> Embedded:
 
 def forward_inputs(
     parts: StepParts, batch: Batch, teachers: tuple[torch.Tensor | None, torch.Tensor | None]
-) -> dict[str, torch.Tensor | int | None]:
+) -> dict[str, torch.Tensor | Fusing | int | None]:
     """What the model's forward takes for a batch and its teachers' rows."""
     inputs = parts.inputs.student(batch) | {"chunk_size": parts.chunk_size}
+    if parts.inputs.fuses and parts.objective.fuses:
+        inputs = parts.draws.fusing(batch, inputs, parts.inputs.words, parts.objective, parts.ranks)
     if parts.objective.name == "rvlr":
         inputs |= {"teacher_image": teachers[0], "teacher_text": teachers[1]}
     return inputs
@@ -98,6 +107,9 @@ def embedded(out: Embeddings, teachers: tuple[torch.Tensor | None, torch.Tensor 
         projected_teacher_image=out.teacher and out.teacher.image,
         projected_teacher_text=out.teacher and out.teacher.text,
         text_share=out.teacher and out.teacher.text_share,
+        fused=out.fused and out.fused.cls,
+        matching=out.fused and out.fused.matching,
+        masked=out.fused and out.fused.masked,
     )
 
 

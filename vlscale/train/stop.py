@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from vlscale.distributed import Ranks
+from vlscale.train.disk_faults import optional
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command with --resume goes on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM and the cloud's preemption; `kill -USR1` by hand
@@ -32,6 +33,7 @@ class Asked:
 
     save: bool
     by: str
+    busy: bool  # some rank still writes a checkpoint
 
 
 class StopWatch:
@@ -56,21 +58,22 @@ class StopWatch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self) -> Asked:
-        """Called by all ranks together. The file and the clock are those of rank 0."""
+    def asked(self, *, busy: bool = False) -> Asked:
+        """Called by all ranks together. The file and the clock are those of rank 0. `busy`: this rank still writes."""
         first = self._ranks.first
         filed = first and self._file.exists()
         late = first and self._seconds is not None and time.monotonic() - self._saved >= self._seconds
-        found = self._ranks.sum(torch.tensor([self._seen, filed, late], dtype=torch.int64, device=self._ranks.device))
-        signalled, filed, late = found.tolist()
+        own = torch.tensor([self._seen, filed, late, busy], dtype=torch.int64, device=self._ranks.device)
+        signalled, filed, late, writing = self._ranks.sum(own).tolist()
         by = "a signal" if signalled else f"the file {STOP_FILE}" if filed else ""
-        return Asked(save=bool(by or late), by=by)
+        return Asked(save=bool(by or late), by=by, busy=bool(writing))
 
     def saved(self, *, stopping: bool) -> None:
-        """After a checkpoint; one that obeys removes the file."""
+        """After a checkpoint; one that obeys, and is complete, removes the file."""
         self._saved = time.monotonic()
         if stopping and self._ranks.first:
-            self._file.unlink(missing_ok=True)
+            with optional(str(self._file)):
+                self._file.unlink(missing_ok=True)
 
     def _notice(self, number: int, frame: object) -> None:
         self._seen = True

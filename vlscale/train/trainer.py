@@ -9,6 +9,7 @@ from vlscale.distributed import Ranks
 from vlscale.sections import Config
 from vlscale.train.bad_numbers import BadSteps, Guard
 from vlscale.train.checkpoint import Checkpoints
+from vlscale.train.drawn import Drawn, draw, mean_of
 from vlscale.train.engine import Engine
 from vlscale.train.schedule import learning_rate
 from vlscale.train.setup import Parts
@@ -49,20 +50,22 @@ class Trainer:
             seen=bad_steps,
         )
 
-    def with_test_batch(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch]]:
-        """Each batch with the one that a meta step tests on: itself, or the one ahead, which trains next."""
-        if self.config.meta_mode == "joint" or self.config.meta.test_batch == "same":
-            return ((batch, batch) for batch in batches)
-        return pairwise(batches)
+    def draws(self, batches: Iterator[Batch]) -> Iterator[Drawn]:
+        """Update by update, each batch with the one that a meta step tests on: itself, or the one ahead, which trains
+        next."""
+        same = self.config.meta_mode == "joint" or self.config.meta.test_batch == "same"
+        pairs = ((batch, batch) for batch in batches) if same else pairwise(batches)
+        return draw(pairs, self.config.train.accumulate_losses)
 
     def rate(self, step: int) -> float:
         return learning_rate(self.config.optim, step, self.config.train.max_steps)
 
-    def step(self, step: int, batch: Batch, test_batch: Batch) -> dict[str, float]:
+    def step(self, step: int, drawn: Drawn) -> dict[str, float]:
         """The step's numbers; of a bad one that the policy goes on after, the bad numbers."""
-        return self._guard.take(step, batch, lambda: self.unguarded(step, batch, test_batch))
+        return self._guard.take(step, drawn, lambda: self.unguarded(step, drawn))
 
-    def unguarded(self, step: int, batch: Batch, test_batch: Batch) -> dict[str, float]:
-        """Raises BadNumbers in place of a bad update."""
+    def unguarded(self, step: int, drawn: Drawn) -> dict[str, float]:
+        """Raises BadNumbers in place of a bad update, at the first of its losses that is bad."""
         self.step_parts.engine.set_rates(self.rate(step), step)
-        return self._one(self.step_parts, batch, test_batch)
+        seed, first = self.config.train.seed, (step - 1) * len(drawn.pairs)
+        return mean_of([self._one(self.step_parts.at(seed, first + k), *pair) for k, pair in enumerate(drawn.pairs)])

@@ -1,8 +1,9 @@
 """Never hang in silence: what takes too long is written down with its stacks, and a rank that is left alone ends.
 
 A rank whose peers are gone or late gets an error from the collective that it waits in, at once where the connection
-breaks, after `engine.timeout_seconds` at the latest. It then says in one line where that was, and ends with exit code
-1 without waiting for anybody, since the process group cannot be shut down any more.
+breaks, after `engine.timeout_seconds` at the latest: once two steps have been made, and outside of validation and
+checkpoints, after the shorter `engine.warm_timeout_seconds`. It then says in one line where that was, and ends with
+exit code 1 without waiting for anybody, since the process group cannot be shut down any more.
 """
 
 import faulthandler
@@ -10,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -18,14 +20,18 @@ import torch.distributed as dist
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 
+WARM_AFTER = 2  # steps: the first ones compile, allocate and connect
 _BACKENDS = ("gloo", "NCCL", "Connection closed by peer")
 
 
 class Watchdog:
-    """Entered around a run. `seconds`: how long a phase may take before it is reported, once; None: any time."""
+    """Entered around a run. `seconds`: how long a phase may take before it is reported, once; None: any time.
 
-    def __init__(self, folder: Path, ranks: Ranks, seconds: float | None):
+    `timeouts`: of collectives in general, and of those of warm steps."""
+
+    def __init__(self, folder: Path, ranks: Ranks, seconds: float | None, timeouts: tuple[float, float] | None = None):
         self._file, self._ranks, self._seconds = folder / f"watchdog-rank-{ranks.rank}.txt", ranks, seconds
+        self._timeouts, self._timeout, self._steps = timeouts, None, 0
         self._phase, self._since, self._reported = "start", time.monotonic(), False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -33,6 +39,13 @@ class Watchdog:
     def enter(self, phase: str, step: int) -> None:
         """From here on the run does this: data, step, validation or checkpoint."""
         self._phase, self._since, self._reported = f"{phase} of step {step}", time.monotonic(), False
+        self._steps += phase == "step"
+        if self._timeouts is not None and self._ranks.size > 1:
+            long, short = self._timeouts
+            wanted = short if self._steps > WARM_AFTER and phase in ("data", "step") else long
+            if wanted != self._timeout:
+                set_timeouts(wanted)
+                self._timeout = wanted
 
     def __enter__(self) -> "Watchdog":
         if self._seconds is not None:
@@ -80,6 +93,12 @@ class Watchdog:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}: {phase}, {taken:.1f} s so far\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+
+
+def set_timeouts(seconds: float) -> None:
+    """Of all that is sent from here on, in every process group of this process: DeepSpeed has its own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def lost_a_rank(error: BaseException) -> bool:

@@ -1,0 +1,78 @@
+"""Studies without tuning: what they run, a run measured at theta' too, and results kept by the study's name."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlscale.config import load_plan, validate
+from vlscale.models.dual_encoder import load_dual_encoder
+from vlscale.resources import benchmarks_folder
+from vlscale.train.plan import train_plan
+
+METHOD = benchmarks_folder() / "method"
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Looks up a module of the study, as its script finds them."""
+    sys.path[:0] = [str(METHOD), str(METHOD.parent)]
+    yield __import__
+    del sys.path[:2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(METHOD / "__main__.py"))
+
+
+def test_every_run_of_the_ablations_is_a_valid_config_of_one_trial(script):
+    study = script["read_study"](METHOD / "ablations.yaml")
+    assert study["name"] == "ablations" and list(study["levels"]) == ["emoji"] and len(study["seeds"]) == 5
+    moved = {f"{name}'" for name, own in study["methods"].items() if own.get("theta_prime")}
+    assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"]) | moved
+    (chosen,) = script["untuned"](study).values()
+    assert chosen.keys() == study["methods"].keys()
+    for method, own in chosen.items():
+        config = validate(own | {"teacher": {"source": "frozen_copy"}}, method)
+        assert f"{method}'" not in moved or config.meta_mode == "heads"
+    assert len({json.dumps(own, sort_keys=True) for own in chosen.values()}) == len(chosen)
+    assert script["untuned"](script["read_study"](METHOD / "study.yaml")) is None
+
+
+def test_a_run_at_theta_prime_has_its_projections_moved_and_nothing_else(found, tiny_config, tmp_path):
+    given = ["objective.name=covlr", "teacher.source=frozen_copy", "meta.mode=heads", "meta.inner_lr=0.05",
+             "train.max_steps=2", "log.progress=false"]  # fmt: skip
+    train_plan(load_plan(tiny_config, given), tmp_path / "run", resume=False)
+    found("theta_prime").save_at_theta_prime(tmp_path / "run", tmp_path / "moved")
+    folders = (tmp_path / "run" / "final", tmp_path / "moved")
+    at, moved = (load_dual_encoder(str(folder)).state_dict() for folder in folders)
+    names = ["visual_projection.weight", "text_projection.weight"]
+    assert all(torch.equal(value, moved[name]) for name, value in at.items() if name not in names)
+    before = torch.cat([at[name].flatten() for name in names])
+    shift = torch.cat([(moved[name] - at[name]).flatten() for name in names])
+    assert float(shift.norm() / before.norm()) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_results_are_kept_by_the_studys_name(found, tmp_path, monkeypatch):
+    analyse = found("analyse")
+    monkeypatch.setattr(analyse, "RESULTS", tmp_path / "results")
+    for folder in ("results", "cells"):
+        (tmp_path / folder).mkdir()
+    for seed in range(3):
+        plain = dict.fromkeys(analyse.NAMES, 10.0 * (seed + 1))
+        measured = {"measured": dict.fromkeys(("teachers", "contrastive", "joint", "joint'"), plain)}
+        (tmp_path / "cells" / f"clean-seed-{seed}.json").write_text(json.dumps(measured))
+    study = {
+        "levels": {"clean": {}}, "seeds": [0, 1, 2], "methods": {"contrastive": {"is": {}}, "joint": {"is": {}}},
+        "comparisons": [["joint'", "joint"]], "name": "ablations", "command": "vlscale bench method --study x",
+    }  # fmt: skip
+    analyse.write_study(study, tmp_path / "cells", {"clean": {"joint": {"a": 1}}}, tmp_path, keep=True)
+    kept = sorted(path.name.split("-method-")[1] for path in Path(tmp_path / "results").iterdir())
+    assert kept == ["ablations-cells.json", "ablations.csv", "ablations.md", "ablations.png"]
+    page = (tmp_path / "study.md").read_text()
+    assert "# Method ablations" in page and "`vlscale bench method --study x`" in page and "| joint' | 20.0 |" in page
+    assert "## Settings, not tuned" in page and '| clean | joint | `{"a": 1}` |' in page

@@ -1,0 +1,38 @@
+"""What the ranks of a test run: peaks of memory and bytes received of real steps, at every stage. No tests here."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from tests.train.test_plan import backward, config_of, measured_peak
+from vlscale.distributed import count_traffic
+from vlscale.models.dual_encoder import build_dual_encoder
+from vlscale.train.engine import Engine, start_ranks
+
+RUNS = {
+    "zero1": ["engine.zero_stage=1"],
+    "zero2": ["engine.zero_stage=2"],
+    "zero3": ["engine.zero_stage=3"],
+    "ring": ["engine.zero_stage=2", "engine.comm=ring"],
+    "bf16": ["engine.zero_stage=2", "engine.dtype=bf16"],
+    "losses": ["engine.zero_stage=2", "train.accumulate_losses=2"],
+}
+
+
+def on_rank(rank: int, size: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = start_ranks(config_of().engine)
+    found = {}
+    for name, overrides in RUNS.items():
+        config = config_of(*overrides)
+        peak = measured_peak(config, ranks, Path(folder) / f"trace-{rank}.json")
+        engine = Engine(build_dual_encoder(config.model), config, ranks)
+        with count_traffic() as traffic:
+            for _ in range(config.train.accumulate_losses):
+                backward(engine, config, ranks)
+                engine.step()
+        engine.close()
+        found[name] = {"peak": peak, "losses": sum(traffic.values())}
+    torch.save(found, f"{folder}/{rank}.pt")

@@ -1,0 +1,30 @@
+"""The plan of two ranks, held to what two gloo ranks measure: peaks, and the bytes of our own collectives."""
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from tests.train.plan_over_ranks import RUNS, on_rank
+from tests.train.test_plan import config_of, planned
+from vlscale.cli.launcher import free_port
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(on_rank, (2, free_port(), str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_peak_of_a_rank_is_within_15_percent(measured, name):
+    plan = planned(config_of(*RUNS[name]), 2)
+    for own in measured:
+        assert plan.peak == pytest.approx(own[name]["peak"], rel=0.15), (plan.memory, plan.moments)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_bytes_of_the_losses_are_those_counted(measured, name):
+    plan = planned(config_of(*RUNS[name]), 2)
+    for own in measured:
+        assert plan.traffic["losses"] == pytest.approx(own[name]["losses"], rel=0.05)

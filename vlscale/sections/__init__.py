@@ -1,0 +1,122 @@
+"""The sections of a run's configuration and their defaults: typed, closed to unknown keys, never changed once made."""
+
+from pydantic import model_validator
+
+from vlscale.sections.base import Section
+from vlscale.sections.data import AugmentConfig, DataConfig
+from vlscale.sections.model import FusionConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
+from vlscale.sections.objective import MetaConfig, ObjectiveConfig
+from vlscale.sections.training import EngineConfig, EvalConfig, LogConfig, OptimConfig, Protocol, TrainConfig
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "FusionConfig",
+    "LogConfig",
+    "MetaConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Protocol",
+    "Section",
+    "TeacherConfig",
+    "TextConfig",
+    "TrainConfig",
+    "VisionConfig",
+]
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    meta: MetaConfig = MetaConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.optim.warmup_steps >= self.train.max_steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must be below train.max_steps={self.train.max_steps}"
+            )
+        for tower, until in self.optim.unlock_after.items():
+            if until >= self.train.max_steps:
+                raise ValueError(
+                    f"optim.unlock_after.{tower}={until} must be below train.max_steps={self.train.max_steps}: "
+                    "the tower would never learn; lock it with model.locked instead"
+                )
+        if self.train.keep_best is not None and self.data.val is None:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} needs evaluations, and data.val is not set; give data.val, "
+                "and eval.every for more than the last"
+            )
+        narrow = self.engine.dtype == "bf16" and self.engine.zero_stage < 3
+        if self.train.accumulate_losses > 1 and self.engine.offload_optimizer != "none" and narrow:
+            raise ValueError(
+                f"train.accumulate_losses={self.train.accumulate_losses} with engine.offload_optimizer="
+                f"{self.engine.offload_optimizer} and engine.dtype=bf16: at ZeRO-{self.engine.zero_stage} DeepSpeed "
+                "adds the gradients up in bf16, which loses them; set engine.zero_stage=3, or "
+                "engine.offload_optimizer=none"
+            )
+        o, fusion = self.objective, self.model.fusion is not None
+        asked = {"itm_weight": o.itm_weight or 0, "mlm_weight": o.mlm_weight}
+        for name, weight in asked.items():
+            if weight > 0 and not fusion:
+                raise ValueError(
+                    f"objective.{name}={weight:g} needs a fusion encoder, and the model has none; set "
+                    f"objective.{name}=0, or give model.fusion"
+                )
+        if fusion and o.name == "rvlr" and o.cross_modal_relation:
+            raise ValueError(
+                "objective.cross_modal_relation goes with relations of embeddings, and with model.fusion relations are "
+                "those of the fused pairs; set objective.cross_modal_relation=false"
+            )
+        if not (o.contrasts or o.needs_teachers or (fusion and o.fuses)):
+            raise ValueError(
+                "every objective weight is 0: nothing would be learned; set objective.contrastive_weight=1"
+            )
+        if o.needs_teachers and self.teacher.source == "none":
+            weights = "iic, ttc, kd, kd_image and kd_text weights" if o.name == "rvlr" else "relation_weight"
+            raise ValueError(
+                f"objective.name={o.name} needs a teacher: got teacher.source=none, expected frozen_copy, hf (with "
+                f"teacher.image and teacher.text) or cache (with teacher.cache), or set objective's {weights} to 0"
+            )
+        if o.conflict != "keep" and self.meta_mode != "joint":
+            raise ValueError(
+                f"objective.conflict={o.conflict} compares gradients at one place, and meta.mode={self.meta_mode} "
+                "takes them at two; set meta.mode=joint, or objective.conflict=keep"
+            )
+        if o.relation_reliability and o.name == "covlr" and o.distils and self.teacher.source == "cache":
+            raise ValueError(
+                "objective.relation_reliability shows the teachers two views of each sample, and a cache has one: set "
+                "teacher.source=hf with its teachers, or objective.relation_reliability=false"
+            )
+        if self.meta_mode == "heads" and self.engine.comm in ("ring", "half_ring"):
+            raise ValueError(
+                f"meta.mode=heads differentiates the contrastive loss twice, which engine.comm={self.engine.comm} "
+                "cannot; set engine.comm=gather, or meta.mode=first_order"
+            )
+        return self
+
+    @property
+    def teacher_cache(self) -> str | None:
+        """The cache to read, where the objective needs its rows."""
+        return self.teacher.cache if self.teacher.source == "cache" and self.objective.needs_teachers else None
+
+    @property
+    def meta_mode(self) -> str:
+        """`meta.mode`, or joint where relations or consistency have no weight: there is then nothing to look at after a
+        shift, or nothing to shift by. `heads` moves the projections, which RVLR's relations of fused pairs do not
+        see."""
+        o, fusion = self.objective, self.model.fusion is not None
+        unseen = self.meta.mode == "heads" and fusion and o.name == "rvlr"
+        moved_by = o.contrasts or (fusion and self.meta.mode != "heads" and (o.matching_weight or o.mlm_weight))
+        return self.meta.mode if o.distils and moved_by and not unseen else "joint"

@@ -1,0 +1,107 @@
+"""`objective` and `meta`: the terms of the loss, and at which parameters they are looked at."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vlscale.sections.base import Section
+
+
+class ObjectiveConfig(Section):
+    name: Literal["contrastive", "covlr", "rvlr"] = "contrastive"
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    contrastive_weight: float = Field(1.0, ge=0)  # rvlr's itc
+    relation_weight: float = Field(0.2, ge=0)  # covlr only
+    relation_weight_image: float | None = Field(None, ge=0)  # null: relation_weight
+    relation_weight_text: float | None = Field(None, ge=0)
+    relation_reliability: bool = False  # covlr: each of these weights times what was measured of its teacher, at most 1
+    conflict: Literal["keep", "scale", "project"] = "keep"  # what becomes of relations where their gradient to a
+    # modality's embeddings opposes consistency's: nothing; scaled by 1 + cosine; without the part that opposes
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.1, gt=0)
+    relation_scope: Literal["row", "matrix"] = "row"
+    relation: Literal["cosine", "euclidean"] = "cosine"
+    # The next ones are rvlr's, by the paper's names; its official weights are configs/rvlr-official.yaml.
+    iic_weight: float = Field(0.25, ge=0)  # contrast of image embeddings with the image teacher's, projected
+    ttc_weight: float = Field(0.5, ge=0)
+    kd_weight: float = Field(0.5, ge=0)  # student relations against the mixture w T_text + (1 - w) T_image
+    kd_image_weight: float = Field(0.25, ge=0)  # the image teacher's relations against the mixture: what w learns from
+    kd_text_weight: float = Field(0.25, ge=0)
+    relation_distance: Literal["mae", "mse", "kl", "wasserstein"] = "mae"
+    cross_modal_relation: bool = False  # kd also of the symmetrised image-text matrix (mae and mse)
+    view_weight: float = Field(0.0, ge=0)  # contrast of two augmented views of a picture
+    caption_weight: float = Field(0.0, ge=0)  # contrast of two captions of a sample
+    # The next ones are a fusion encoder's, under any name.
+    itm_weight: float | None = Field(None, ge=0)  # matching; null: 1, or 0 where the model has no fusion encoder
+    mlm_weight: float = Field(0.0, ge=0)  # masked words of a caption, with its picture to look at
+    mlm_probability: float = Field(0.15, gt=0, lt=1)  # share of the words that are asked for
+    impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
+
+    @property
+    def image_relation_weight(self) -> float:
+        return self._relation_weight(self.relation_weight_image)
+
+    @property
+    def text_relation_weight(self) -> float:
+        return self._relation_weight(self.relation_weight_text)
+
+    def _relation_weight(self, own: float | None) -> float:
+        if self.name != "covlr":
+            return 0.0
+        return self.relation_weight if own is None else own
+
+    @property
+    def matching_weight(self) -> float:
+        """Where there is a fusion encoder."""
+        return 1.0 if self.itm_weight is None else self.itm_weight
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a fusion encoder, where there is one, has anything to do."""
+        return self.matching_weight > 0 or self.mlm_weight > 0 or (self.name == "rvlr" and self.kd_weight > 0)
+
+    @property
+    def distils(self) -> bool:
+        """Whether a relation of a student is held to one of a teacher."""
+        of_rvlr = (self.kd_weight, self.kd_image_weight, self.kd_text_weight)
+        return any(of_rvlr if self.name == "rvlr" else (self.image_relation_weight, self.text_relation_weight))
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether consistency has a weight: what a meta step moves the parameters by."""
+        return any((self.contrastive_weight, self.view_weight, self.caption_weight)) or self._contrasts_with_teachers
+
+    @property
+    def needs_teachers(self) -> bool:
+        return self.distils or self._contrasts_with_teachers
+
+    @property
+    def _contrasts_with_teachers(self) -> bool:
+        return self.name == "rvlr" and (self.iic_weight > 0 or self.ttc_weight > 0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ObjectiveConfig":
+        if self.name == "rvlr" and self.cross_modal_relation and self.relation_distance not in ("mae", "mse"):
+            raise ValueError(
+                f"objective.cross_modal_relation needs objective.relation_distance mae or mse, got "
+                f"{self.relation_distance}; choose one of them or set objective.cross_modal_relation=false"
+            )
+        return self
+
+
+class MetaConfig(Section):
+    """CoVLR's meta step: consistency at theta, relations at theta' = theta - a grad(consistency)."""
+
+    mode: Literal["joint", "heads", "first_order", "finite_difference"] = "joint"  # joint: theta' = theta
+    inner_lr: float = Field(0.02, ge=0)
+    inner_lr_unit: Literal["absolute", "gradient", "parameter"] = "parameter"
+    # absolute: a = inner_lr; gradient: the shift is inner_lr long; parameter: inner_lr times as long as what it shifts
+    test_batch: Literal["same", "next"] = "same"  # the batch whose relations are looked at at theta'
+    epsilon: float | None = Field(None, gt=0)  # finite_difference: length of its two shifts over that of the
+    # parameters; null: 2e-5 in fp32, 2e-4 in bf16
+
+    @model_validator(mode="after")
+    def _next_needs_a_shift(self) -> "MetaConfig":
+        if self.mode == "joint" and self.test_batch == "next":
+            raise ValueError("meta.test_batch=next needs a meta step, got meta.mode=joint; set meta.mode=heads")
+        return self
