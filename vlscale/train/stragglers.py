@@ -38,9 +38,8 @@ class Stragglers:
         """`slowest_rank` and `slowest_ratio` where there is one that all wait for; on all ranks together."""
         if self._ranks.size == 1 or step % self._every:
             return {}
-        own = self._own + [
-            start.elapsed_time(end) / 1000 for start, end in self._marks
-        ]  # at the end of a step all is done
+        # At the end of a step the device has done all of it: its times are known.
+        own = self._own + [start.elapsed_time(end) / 1000 for start, end in self._marks]
         self._own, self._marks = [], []
         mine = torch.tensor([statistics.median(own) if own else 0.0], device=self._ranks.device)
         return self._tell(step, all_gather(mine, self._ranks).tolist())
