@@ -35,7 +35,7 @@ from vlscale.data.tokens import tokenise, train_tokenizer  # noqa: E402
 from vlscale.distributed import Ranks  # noqa: E402
 from vlscale.evaluate.embed import EmbeddedCorpus, Preprocess  # noqa: E402
 from vlscale.evaluate.rerank import nearest_both_ways, pair_codes, pairs_of  # noqa: E402
-from vlscale.evaluate.scoring import PairScorer  # noqa: E402
+from vlscale.evaluate.scoring import CaptionWindow, PairScorer  # noqa: E402
 from vlscale.models.dual_encoder import build_dual_encoder  # noqa: E402
 from vlscale.sections import ModelConfig  # noqa: E402
 
@@ -68,7 +68,8 @@ def main() -> None:
     model = build_dual_encoder(ModelConfig.model_validate(MODEL)).eval()
     tokenizer = train_tokenizer(corpus.captions, 300, PADDED)
     spec = ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3, 3)
-    scorer = PairScorer(model, corpus.captions, Preprocess(spec, tokenizer, PADDED), Ranks(), batch_size=256)
+    preprocess = Preprocess(spec, tokenizer, PADDED)
+    scorer = PairScorer(CaptionWindow(model, corpus.captions, preprocess, Ranks(), batch_size=256))
     rounds = [measure(scorer, corpus, i2t, turn, given.pictures, wanted) for turn in range(given.rounds)]
     page, facts = summary(rounds, asked, len(wanted), predicted, given)
     print(page)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.launcher import launch
 from tests.train.meta_reference import reference_loss
 from vlscale.config import load_plan
 from vlscale.distributed import Ranks
@@ -50,14 +49,6 @@ def recipe(tiny_config, tmp_path_factory) -> Path:
         f"variants:\n{variants}"
     )
     return path
-
-
-@pytest.fixture(scope="module")
-def launched(recipe, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("launched") / "out"
-    done = launch(recipe, out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.launcher import launch
 from tests.train.meta_reference import reference_loss
 from vlscale.config import load_plan
 from vlscale.distributed import Ranks
@@ -51,14 +50,6 @@ def recipe(tiny_config, tmp_path_factory) -> Path:
         "variants:\n" + "".join(f"  {name}: {{{own}}}\n" for name, own in RUNS.items())
     )
     return path
-
-
-@pytest.fixture(scope="module")
-def launched(recipe, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("launched") / "out"
-    done = launch(recipe, out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
 
 
 @pytest.fixture(scope="module")

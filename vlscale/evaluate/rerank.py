@@ -19,7 +19,7 @@ from vlscale.evaluate.benchmarks import fold_slices
 from vlscale.evaluate.embed import EmbeddedCorpus, Preprocess, decode_batch, in_step
 from vlscale.evaluate.protocols import check_corpus
 from vlscale.evaluate.reranked import Candidates, Reranked
-from vlscale.evaluate.scoring import WINDOW_BYTES, PairScorer
+from vlscale.evaluate.scoring import WINDOW_BYTES, CaptionWindow, PairScorer
 from vlscale.kernels import topk_neighbors
 from vlscale.models.dual_encoder import DualEncoder
 from vlscale.progress import LINE_SECONDS, Progress
@@ -68,7 +68,7 @@ def rerank_corpus(
     galleries = fold_slices(corpus) if protocol == "coco-1k" else [slice(0, len(corpus.keys))]
     i2t, t2i = nearest_both_ways(corpus, k, galleries, ranks)
     captions, wanted = len(corpus.captions), pair_codes(i2t, t2i)
-    scorer = PairScorer(model, corpus.captions, preprocess, ranks, batch_size, window_bytes)
+    scorer = PairScorer(CaptionWindow(model, corpus.captions, preprocess, ranks, batch_size, window_bytes))
     place = {key: row for row, key in enumerate(corpus.keys)}
     scored = [(wanted[:0], torch.empty(0, 2))]
     samples = read_manifest(open_corpus(urls, data), data, shard=(ranks.rank, ranks.size))

@@ -21,17 +21,9 @@ WINDOW_BYTES = 1 << 30  # captions' tokens: 17,000 captions of 20 tokens of 768 
 class PairScorer:
     """A rank's; the ranks call `score` together, equally often."""
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        captions: list[str],
-        preprocess: Preprocess,
-        ranks: Ranks,
-        batch_size: int,
-        window_bytes: int = WINDOW_BYTES,
-    ):
-        self.model, self.ranks, self.batch_size = model, ranks, batch_size
-        self.window = CaptionWindow(model, captions, preprocess, ranks, batch_size, window_bytes)
+    def __init__(self, window: "CaptionWindow"):
+        self.window = window
+        self.model, self.ranks, self.batch_size = window.model, window.ranks, window.batch_size
 
     def score(
         self,
@@ -84,7 +76,7 @@ class CaptionWindow:
         preprocess: Preprocess,
         ranks: Ranks,
         batch_size: int,
-        window_bytes: int,
+        window_bytes: int = WINDOW_BYTES,
     ):
         self.model, self.captions, self.preprocess = model, captions, preprocess
         self.ranks, self.batch_size = ranks, batch_size
