@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -69,6 +70,7 @@ def measure(batch: int, chunk: int, steps: int) -> dict[str, float]:
     import torch
 
     from vlscale.config import validate
+    from vlscale.data.images import ImageSpec, normalise
     from vlscale.models.dual_encoder import build_dual_encoder
     from vlscale.objectives.contrastive import contrastive
     from vlscale.train.engine import Engine, start_ranks
@@ -80,7 +82,9 @@ def measure(batch: int, chunk: int, steps: int) -> dict[str, float]:
     }
     config = validate(values, "large batch")
     ranks = start_ranks(config.engine)
-    engine = Engine(build_dual_encoder(config.model), config, ranks)
+    model = build_dual_encoder(config.model)
+    model.normalise = partial(normalise, spec=ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3))
+    engine = Engine(model, config, ranks)
 
     def step(rows: int) -> float:
         inputs = {name: value[:rows] for name, value in everything.items()}
@@ -95,7 +99,7 @@ def measure(batch: int, chunk: int, steps: int) -> dict[str, float]:
         return time.perf_counter() - started
 
     everything = {
-        "pixels": torch.randn(batch, 3, SIDE, SIDE),
+        "pixels": torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8),
         "input_ids": torch.randint(5, 7_000, (batch, TOKENS)),
         "attention_mask": torch.ones(batch, TOKENS, dtype=torch.int64),
     }

@@ -70,6 +70,7 @@ def model(sigmoid: bool, dtype: torch.dtype) -> DualEncoder:
     given = {"embed_dim": D, "dropout": 0.0, "logit_bias_init": -2.0, "fusion": {"source": "text"}}
     towers = {"vision": {"config": vit}, "text": {"config": bert | {"max_position_embeddings": LENGTH + 2}}}
     encoder = build_dual_encoder(ModelConfig.model_validate(given | towers), sigmoid)
+    encoder.normalise = functools.partial(normalise, spec=SPEC)
     encoder.teacher_heads = TeacherHeads(6, 5, D)
     encoder.masked_head = MaskedHead(encoder.fusion.width, WORDS)
     return encoder.to(dtype).eval()

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tests.train.test_plan import backward, config_of, measured_peak
+from tests.train.test_plan import backward, build_model, config_of, measured_peak
 from vlscale.distributed import count_traffic
-from vlscale.models.dual_encoder import build_dual_encoder
 from vlscale.train.engine import Engine, start_ranks
 
 RUNS = {
@@ -28,7 +27,7 @@ def on_rank(rank: int, size: int, port: int, folder: str) -> None:
     for name, overrides in RUNS.items():
         config = config_of(*overrides)
         peak = measured_peak(config, ranks, Path(folder) / f"trace-{rank}.json")
-        engine = Engine(build_dual_encoder(config.model), config, ranks)
+        engine = Engine(build_model(config), config, ranks)
         with count_traffic() as traffic:
             for _ in range(config.train.accumulate_losses):
                 backward(engine, config, ranks)

@@ -41,15 +41,15 @@ def image_teacher(size: int, source: str | None) -> Teacher:
     return Teacher(AutoModel.from_config(config), torch.nn.Identity(), source)
 
 
-def inputs_with(tokenizer, teachers: Teachers | None) -> Inputs:
-    return Inputs(SPEC, tokenizer, teachers, torch.device("cpu"), max_length=24)
+def inputs_with(tokenizer, teachers: Teachers | None, chunk_size: int | None = None) -> Inputs:
+    return Inputs(SPEC, tokenizer, teachers, torch.device("cpu"), max_length=24, chunk_size=chunk_size)
 
 
 def test_first_views_stand_first_and_shorter_tokens_are_padded(batch, tokenizer):
     given = inputs_with(tokenizer, None).student(batch)
     assert given["pixels"].shape == (16, 3, 32, 32)
-    assert torch.equal(given["pixels"][:8], normalise(batch.images, SPEC))
-    assert torch.equal(given["pixels"][8:], normalise(batch.second_images, SPEC))
+    assert torch.equal(given["pixels"][:8], batch.images)
+    assert torch.equal(given["pixels"][8:], batch.second_images)
     length = max(batch.input_ids.shape[1], batch.second_input_ids.shape[1])
     assert given["input_ids"].shape == given["attention_mask"].shape == (16, length)
     assert given["attention_mask"][:8].sum() == batch.attention_mask.sum()
@@ -77,3 +77,14 @@ def test_a_teacher_of_the_same_inputs_gets_the_students(batch, tokenizer):
     image_rows, text_rows = inputs_with(tokenizer, teachers).teacher_rows(batch)
     assert torch.equal(image_rows, teachers.image(pixel_values=normalise(batch.images, SPEC)))
     assert torch.equal(text_rows, teachers.text(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+
+
+def test_teachers_see_a_chunk_at_a_time(batch, tokenizer):
+    teachers = Teachers(image_teacher(32, None), text_teacher(len(tokenizer), None))
+    seen = []
+    teachers.image.tower.register_forward_hook(lambda *call: seen.append(len(call[2].pooler_output)))
+    whole, parts = (inputs_with(tokenizer, teachers, chunk).teacher_rows(batch) for chunk in (None, 4))
+    assert seen == [8, 4, 4]
+    for of_whole, of_parts in zip(whole, parts, strict=True):
+        torch.testing.assert_close(of_whole, of_parts)
+        assert not of_parts.requires_grad

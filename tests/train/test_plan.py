@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 from benchmarks import scaling_model
 from vlscale.cli import app
 from vlscale.config import PlannedRun, load_plan, parse_overrides, validate
+from vlscale.data.images import ImageSpec, normalise
 from vlscale.distributed import Ranks
 from vlscale.models.checkpointing import checkpoint_blocks
-from vlscale.models.dual_encoder import build_dual_encoder
+from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import Config
 from vlscale.train.engine import Engine, start_ranks
@@ -56,7 +58,7 @@ def measured_peak(config: Config, ranks: Ranks, trace) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.manual_seed(0)
-        model = build_dual_encoder(config.model)
+        model = build_model(config)
         if config.engine.activation_checkpointing:
             checkpoint_blocks(model)
         engine = Engine(model, config, ranks)
@@ -70,10 +72,16 @@ def measured_peak(config: Config, ranks: Ranks, trace) -> int:
     return max(e["args"]["Total Allocated"] for e in events) - (first["Total Allocated"] - first["Bytes"])
 
 
+def build_model(config: Config) -> DualEncoder:
+    model = build_dual_encoder(config.model)
+    model.normalise = partial(normalise, spec=ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3))
+    return model
+
+
 def backward(engine: Engine, config: Config, ranks: Ranks) -> None:
     local = PAIRS // ranks.size
     ids = torch.ones(local, LENGTH, dtype=torch.long)
-    pixels = torch.zeros(local, 3, SIDE, SIDE)
+    pixels = torch.zeros(local, 3, SIDE, SIDE, dtype=torch.uint8)
     out = engine(pixels=pixels, input_ids=ids, attention_mask=ids.clone(), chunk_size=config.train.chunk_size)
     pair_id = torch.arange(local) + local * ranks.rank
     rows = Embedded(out.image, out.text, out.logit_scale, out.logit_bias, pair_id)

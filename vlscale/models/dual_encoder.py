@@ -8,6 +8,7 @@ Legend: B pairs, L tokens, D embedding width.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,7 @@ class DualEncoder(nn.Module):
             for projection in (self.visual_projection, self.text_projection):
                 siglip.fix_identity(projection)
         self.fusion = fusion
+        self.normalise: Callable[[torch.Tensor], torch.Tensor] | None = None  # uint8 pixels to the floats that are seen
         self.teacher_heads: TeacherHeads | None = None  # given by a run whose objective learns them
         self.masked_head: MaskedHead | None = None  # likewise
         self.logit_scale = nn.Parameter(torch.tensor([math.log(model.logit_scale_init)]))  # the logarithm is learned
@@ -115,7 +117,7 @@ class DualEncoder(nn.Module):
         return self
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (B, 3, H, W) to (B, D)."""
+        """Pixels (B, 3, H, W) to (B, D)."""
         return unit(self.visual_projection(self._image_features(pixels)))
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -137,7 +139,10 @@ class DualEncoder(nn.Module):
         return unit(self.visual_projection(image)), unit(self.text_projection(text))
 
     def vision_rows(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W) to what the tower pools (B, width) and its tokens (B, V, width)."""
+        """(B, 3, H, W), normalised or, with `normalise`, uint8, to what the tower pools (B, width) and its tokens
+        (B, V, width)."""
+        if pixels.dtype == torch.uint8:
+            pixels = self.normalise(pixels)
         out = self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype))
         return out.pooler_output, out.last_hidden_state
 
@@ -163,9 +168,9 @@ class DualEncoder(nn.Module):
         split_heads: bool = False,
         fusing: Fusing | None = None,
     ) -> Embeddings | Features:
-        """`chunk_size`: rows that a tower keeps activations of at once, see `in_chunks`. `teacher_image`,
-        `teacher_text`: what teacher heads project. `split_heads`: stop before the projections. `fusing`: what the
-        fusion encoder is to see."""
+        """`pixels`: as `vision_rows` takes them; uint8 ones become floats a chunk at a time. `chunk_size`: rows that a
+        tower keeps activations of at once, see `in_chunks`. `teacher_image`, `teacher_text`: what teacher heads
+        project. `split_heads`: stop before the projections. `fusing`: what the fusion encoder is to see."""
         scale = wide(_ProjectedMax.apply(self.logit_scale, self.log_scale_max)).exp().squeeze()
         bias = None if self.logit_bias is None else wide(self.logit_bias).squeeze()
         teacher = None if teacher_image is None else self.teacher_heads(teacher_image, teacher_text)
@@ -185,7 +190,7 @@ class DualEncoder(nn.Module):
 
     def _fused(self, views: Pairs, fusing: Fusing, scale: torch.Tensor, chunk_size: int | None) -> Made:
         """Pooled rows of all views, and what the fusion encoder makes of the first ones."""
-        count, views = fusing.pairs, (views[0].to(self.visual_projection.weight.dtype), *views[1:])
+        count = fusing.pairs
         first, further = (tuple(rows[place] for rows in views) for place in (slice(count), slice(count, None)))
         image, text, fused = fuse_pairs(self, first, fusing, scale, chunk_size)
         if len(further[0]):

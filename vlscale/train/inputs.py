@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.tokens import tokenise
+from vlscale.models.chunks import in_chunks
 from vlscale.models.rows import unit
 from vlscale.models.teachers import Teacher, Teachers
 from vlscale.objectives.masked_language import Words
@@ -26,9 +27,11 @@ class Inputs:
         dtype: torch.dtype = torch.float32,
         fuses: bool = False,
         words: Words | None = None,
+        chunk_size: int | None = None,
     ):
-        """`fuses`: whether the student has a fusion encoder; `words`: what masking needs, where words are masked."""
-        self.fuses, self.words = fuses, words
+        """`fuses`: whether the student has a fusion encoder; `words`: what masking needs, where words are masked;
+        `chunk_size`: rows that a teacher sees at once."""
+        self.fuses, self.words, self.chunk_size = fuses, words, chunk_size
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
         self._dtype = dtype  # of cached rows, as the teachers' own would be
         self._teacher_spec = spec
@@ -40,14 +43,14 @@ class Inputs:
             self._teacher_tokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
 
     def student(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """All views of the pairs, first views first."""
+        """All views of the pairs, first views first; pixels stay uint8 until a tower takes them."""
         images, ids, mask = batch.images, batch.input_ids, batch.attention_mask
         if batch.second_images is not None:
             images = torch.cat([images, batch.second_images])
         if batch.second_input_ids is not None:
             ids, mask = _stack_tokens(ids, mask, batch.second_input_ids, batch.second_attention_mask)
         return {
-            "pixels": normalise(images.to(self.device, non_blocking=True), self.spec),
+            "pixels": images.to(self.device, non_blocking=True),
             "input_ids": ids.to(self.device, non_blocking=True),
             "attention_mask": mask.to(self.device, non_blocking=True),
         }
@@ -63,17 +66,24 @@ class Inputs:
         return self._image_rows(self.teachers.image, batch), self._text_rows(self.teachers.text, batch)
 
     def _image_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
-        images, size = batch.images.to(self.device), self._teacher_spec.size
-        if size != self.spec.size:
-            resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
-            images = resized.round().clamp(0, 255).to(torch.uint8)
-        return teacher(pixel_values=normalise(images, self._teacher_spec))
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            size = self._teacher_spec.size
+            if size != self.spec.size:
+                resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+                images = resized.round().clamp(0, 255).to(torch.uint8)
+            return teacher(pixel_values=normalise(images, self._teacher_spec))
+
+        return in_chunks(encode, self.chunk_size, batch.images.to(self.device))
 
     def _text_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
         ids, mask = batch.input_ids, batch.attention_mask
         if self._teacher_tokenizer is not None:
             ids, mask = tokenise(self._teacher_tokenizer, batch.captions, self.max_length)
-        return teacher(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+
+        def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return teacher(input_ids=ids, attention_mask=mask)
+
+        return in_chunks(encode, self.chunk_size, ids.to(self.device), mask.to(self.device))
 
 
 def _stack_tokens(

@@ -6,8 +6,8 @@ traced (`memory_plan_trace`); the rest is counted here.
 Legend: W ranks, b pairs a rank, N = W b, D embedding width, e bytes of a number (2 in bf16), P parameters, T of them
 learned. Bytes and operations are a rank's, traffic is what it receives, all of one step.
 
-Peaks are the largest of four moments: `inputs` (pictures become floats), `teachers`, `backward` and `update`. Weights,
-master weights and optimizer states are there in all of them.
+Peaks are the largest of three moments: `teachers`, `backward` and `update`. Weights, master weights and optimizer
+states are there in all of them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -44,6 +44,11 @@ class Run:
     @property
     def local(self) -> int:
         return self.config.train.global_batch_size // self.world
+
+    @property
+    def at_once(self) -> int:
+        """Rows of a view that a tower sees at once."""
+        return min(self.config.train.chunk_size or self.local, self.local)
 
     @property
     def stage(self) -> int:
@@ -178,7 +183,7 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
     teachers: dict[str, TowerCost] = {}
     if config.teacher.source in ("frozen_copy", "hf"):
         teacher = _teacher_config(config, plan)
-        teachers = trace_towers(teacher, dict.fromkeys(rows, whole.local), learning=False)
+        teachers = trace_towers(teacher, dict.fromkeys(rows, whole.at_once), learning=False)
     widths = {name: tower.width for name, tower in teachers.items()}
     towers = trace_towers(config, rows)
     learned = sum(tower.learned for tower in towers.values())
@@ -241,7 +246,7 @@ def _passing(run: Run) -> dict[str, int]:
 
 
 def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
-    """Bytes at the four moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
+    """Bytes at the three moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
     they are, while activations become fewer. Those of an update's earlier losses are there all the while."""
     stage, vision, text = run.stage, run.towers["vision"], run.towers["text"]
     always += passing["inputs"]
@@ -268,7 +273,6 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     elif run.config.optim.fused is not False:
         scratch = 0
     return {
-        "inputs": always + 2 * _pixel_bytes(run),  # scaling and normalising make copies
         "teachers": always + max((tower.peak for tower in run.teachers.values()), default=0),
         "backward": always + backward,
         "update": always + gradients + flat + scratch * (run.config.optim.name == "adamw"),
@@ -281,14 +285,9 @@ def _bucket_bytes(run: Run) -> int:
     return int(run.zero.get("reduce_bucket_size", BUCKET)) * run.size * (1 + twice)
 
 
-def _pixel_bytes(run: Run) -> int:
-    """All views of a rank's pictures as float32."""
-    return run.rows["vision"] * 3 * run.side**2 * 4
-
-
 def _input_bytes(run: Run) -> int:
-    tokens = 2 * 8 * run.rows["text"] * run.config.model.text.max_length
-    return _pixel_bytes(run) * 5 // 4 + tokens  # float32, and the bytes that they came from
+    """All views of a rank's pictures as uint8, which become floats where the tower takes them, and of its captions."""
+    return run.rows["vision"] * 3 * run.side**2 + 2 * 8 * run.rows["text"] * run.config.model.text.max_length
 
 
 def _activation_bytes(run: Run) -> int:
@@ -371,6 +370,6 @@ def operations(run: Run) -> dict[str, int]:
     relation = sum(4 * everyone**2 * both + 2 * everyone**2 * width for both in relations)
     return {
         "towers": towers * run.losses,
-        "teachers": sum(tower.forward_flops for tower in run.teachers.values()) * run.losses,
+        "teachers": sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once) * run.losses,
         "losses": (contrasts * contrast + relation) // run.world * run.losses,
     }

@@ -13,6 +13,7 @@ Attention is the fused kernel's wherever the model and its dropout allow one, as
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlscale.data.images import ImageSpec, normalise
 from vlscale.models import siglip
 from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder
@@ -106,7 +108,7 @@ def trace_towers(config: Config, rows: dict[Modality, int], *, learning: bool = 
     side, length = image_size(encoder.vision_model), config.model.text.max_length
     with FakeTensorMode(), torch.set_grad_enabled(learning):
         _without_memory(encoder, dtype)
-        pixels = torch.zeros(rows["vision"], 3, side, side)
+        pixels = torch.zeros(rows["vision"], 3, side, side, dtype=torch.uint8)
         ids = torch.zeros(rows["text"], length, dtype=torch.long)
         vision = nn.ModuleList([encoder.vision_model, encoder.visual_projection])
         text = nn.ModuleList([encoder.text_model, encoder.text_projection])
@@ -167,6 +169,7 @@ def _skeleton(config: Config) -> DualEncoder:
     with torch.device("meta"):
         vision, text = _tower("vision", config), _tower("text", config)
         encoder = DualEncoder(vision, text, config.model, sigmoid=config.objective.loss == "sigmoid")
+    encoder.normalise = partial(normalise, spec=ImageSpec(image_size(vision), (0.5,) * 3, (0.5,) * 3))
     if config.engine.activation_checkpointing:
         checkpoint_blocks(encoder, random=False)  # tensors without data have no random state to come back to
     return encoder

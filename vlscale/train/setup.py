@@ -3,6 +3,7 @@
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from vlscale.config import dump
 from vlscale.data.batch import Batch
-from vlscale.data.images import ImageSpec
+from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.lanes import StreamState
 from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream
@@ -149,6 +150,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         checkpoint_blocks(model)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
+    model.normalise = partial(normalise, spec=spec)
     teachers = None
     if config.objective.needs_teachers:
         teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
@@ -167,7 +169,17 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         for teacher in (teachers.image, teachers.text):
             teacher.to(ranks.device, dtype)
     fuses = model.fusion is not None
-    inputs = Inputs(spec, tokenizer, teachers, ranks.device, config.model.text.max_length, dtype, fuses, words)
+    inputs = Inputs(
+        spec,
+        tokenizer,
+        teachers,
+        ranks.device,
+        config.model.text.max_length,
+        dtype,
+        fuses,
+        words,
+        config.train.chunk_size,
+    )
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
     return Parts(tokenizer, processor, spec, model, teachers, inputs)
 
