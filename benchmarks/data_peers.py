@@ -50,6 +50,7 @@ def pipelines() -> list[Pipeline]:
     return [
         Pipeline("vlscale", "vlscale", "not kept", lambda job: vlscale_pictures(job, keep_state=False)),
         Pipeline("vlscale", "vlscale", "kept", lambda job: vlscale_pictures(job, keep_state=True)),
+        Pipeline("vlscale, decode=device", "vlscale", "not kept", decoded_pictures),
         Pipeline("webdataset", "webdataset", "none", webdataset_pictures),
         Pipeline("open_clip", "open_clip_torch", "none", open_clip_pictures if has_open_clip else None),
         Pipeline("mosaicml-streaming", "mosaicml-streaming", "not kept", mosaic_pictures if has_mosaic else None),
@@ -57,11 +58,22 @@ def pipelines() -> list[Pipeline]:
 
 
 def vlscale_pictures(job: Job, keep_state: bool) -> Iterator[int]:
-    data = DataConfig(train=[str(job.folder / "p-*.tar")], augment=AugmentConfig(crop_scale=0.9), workers=job.workers)
-    for batch in TrainStream(data, SPEC, job.tokenizer, global_batch_size=BATCH, seed=0):
+    for batch in vlscale_stream(job):
         if keep_state:
             pickle.dumps(batch.state)
         yield len(normalise(batch.images, SPEC))
+
+
+def decoded_pictures(job: Job) -> Iterator[int]:
+    """All that is left for the CPU where a GPU crops, resizes and scales; that is not in it."""
+    for batch in vlscale_stream(job, decode="device"):
+        yield len(batch.images.sizes)
+
+
+def vlscale_stream(job: Job, **options) -> TrainStream:
+    augment = AugmentConfig(crop_scale=0.9)
+    data = DataConfig(train=[str(job.folder / "p-*.tar")], augment=augment, workers=job.workers, **options)
+    return TrainStream(data, SPEC, job.tokenizer, global_batch_size=BATCH, seed=0)
 
 
 def webdataset_pictures(job: Job) -> Iterator[int]:

@@ -1,9 +1,12 @@
 """What the student and the teachers are given: views stacked, teachers from elsewhere with their own inputs."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.stream import TrainStream
 from vlscale.data.tokens import tokenise, train_tokenizer
@@ -23,12 +26,14 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def batch(corpus, tokenizer):
-    data = DataConfig(train=[f"{corpus}/train-*.tar"], caption_key="json:captions")
+    return first_batch(corpus, tokenizer)
+
+
+def first_batch(corpus, tokenizer, **options) -> Batch:
+    data = DataConfig(train=[f"{corpus}/train-*.tar"], caption_key="json:captions", **options)
     stream = TrainStream(data, SPEC, tokenizer, global_batch_size=8, seed=0, second_view=True, second_caption=True)
-    batches = iter(stream)
-    first = next(batches)
-    batches.close()
-    return first
+    with closing(iter(stream)) as batches:
+        return next(batches)
 
 
 def text_teacher(vocab_size: int, source: str | None) -> Teacher:
@@ -77,6 +82,25 @@ def test_a_teacher_of_the_same_inputs_gets_the_students(batch, tokenizer):
     image_rows, text_rows = inputs_with(tokenizer, teachers).teacher_rows(batch)
     assert torch.equal(image_rows, teachers.image(pixel_values=normalise(batch.images, SPEC)))
     assert torch.equal(text_rows, teachers.text(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+
+
+def test_packed_pictures_are_made_on_the_device_for_each_tower(corpus, batch, tokenizer, tmp_path):
+    new_image_processor(48, (0.4,) * 3, (0.3,) * 3).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    teachers = Teachers(image_teacher(48, str(tmp_path)), text_teacher(len(tokenizer), None))
+    packed, inputs = first_batch(corpus, tokenizer, decode="device"), inputs_with(tokenizer, teachers)
+    given = inputs.student(packed)["pixels"]
+    assert given.shape == (16, 3, 32, 32) and given.dtype == torch.float32
+    pictures = torch.cat([batch.images, batch.second_images])  # scenes have the model's size already
+    torch.testing.assert_close(given, normalise(pictures, SPEC))
+    seen = []
+    teachers.image.tower.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["pixel_values"]), with_kwargs=True
+    )
+    rows, own = inputs.teacher_rows(packed)[0], inputs.teacher_rows(batch)[0]
+    assert seen[0].shape == (8, 3, 48, 48)
+    torch.testing.assert_close(seen[0], seen[1], atol=0.5 / (255 * 0.3) + 1e-4, rtol=0)  # this one rounds to uint8
+    assert (rows * own).sum(1).min() > 0.999
 
 
 def test_teachers_see_a_chunk_at_a_time(batch, tokenizer):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from vlscale.cli import main
 from vlscale.config import load_plan
+from vlscale.models.hf_folder import new_image_processor
 from vlscale.train.metrics_file import read_metrics
 from vlscale.train.plan import train_plan
 
@@ -38,6 +39,22 @@ def weights(run: Path) -> bytes:
 
 def without_seconds(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def test_pictures_made_on_the_device_train_the_same(undisturbed, tiny_config, tmp_path):
+    train(tiny_config, tmp_path / "run", "data.decode=device")
+    found, expected = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "run", undisturbed))
+    assert [line["keys"] for line in found] == [line["keys"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+
+
+def test_a_resize_that_the_device_does_not_know_is_refused(tiny_config, tmp_path, monkeypatch):
+    processor = new_image_processor(32, (0.5,) * 3, (0.5,) * 3)
+    processor.resample = 1  # Lanczos
+    monkeypatch.setattr("vlscale.train.setup.new_image_processor", lambda *given: processor)
+    with pytest.raises(ValueError, match=r"data\.decode=device resizes bilinearly or bicubically.*resample=1"):
+        train(tiny_config, tmp_path / "run", "data.decode=device")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_leaves_config_metrics_checkpoints_and_model(undisturbed):

@@ -1,10 +1,40 @@
 """What one rank trains on in one step. B pairs of this rank, H = W the model's picture size, L tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from vlscale.data.images import Piece
 from vlscale.data.lanes import StreamState
+
+
+@dataclass(frozen=True)
+class PackedPictures:
+    """Decoded pictures of any sizes, neither resized nor flipped yet: what `preprocess_images` takes."""
+
+    pictures: Tensor  # (bytes,) uint8, one (h, w, 3) after another
+    offsets: Tensor  # (B,) int64, where each begins
+    sizes: Tensor  # (B, 2) int64, height and width
+    boxes: Tensor  # (B, 4) float64, the crop: left, top, width, height
+    flips: Tensor  # (B,) bool
+
+    @classmethod
+    def of(cls, pieces: list[Piece]) -> "PackedPictures":
+        sizes = torch.tensor([piece.pixels.shape[:2] for piece in pieces])
+        lengths = 3 * sizes.prod(1)
+        return cls(
+            pictures=torch.from_numpy(np.concatenate([piece.pixels.reshape(-1) for piece in pieces])),
+            offsets=lengths.cumsum(0) - lengths,
+            sizes=sizes,
+            boxes=torch.tensor([piece.box for piece in pieces], dtype=torch.float64),
+            flips=torch.tensor([piece.flip for piece in pieces]),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
 @dataclass
@@ -13,10 +43,10 @@ class Batch:
     captions: list[str]  # the text of each pair, as tokenised
     positions: Tensor  # (B,) int64, place of each pair in the global batch
     pair_id: Tensor  # (B,) int64, equal ids are positives
-    images: Tensor  # (B, 3, H, W) uint8
+    images: Tensor | PackedPictures  # (B, 3, H, W) uint8; packed with data.decode=device
     input_ids: Tensor  # (B, L) int64
     attention_mask: Tensor  # (B, L) int64
-    second_images: Tensor | None  # another augmented view of the same pictures
+    second_images: Tensor | PackedPictures | None  # another augmented view of the same pictures
     second_input_ids: Tensor | None  # another caption of the same samples, where they have one
     second_attention_mask: Tensor | None
     state: StreamState  # of this rank's lanes, after this batch

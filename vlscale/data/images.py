@@ -1,14 +1,15 @@
 """Pictures: bytes to uint8 at the model's size, for evaluation (exactly the processor's resize) and for training.
 
-Training decodes by `fast` (libjpeg-turbo with DCT scaling, area resize) or `pil` (the processor's resize), and changes
-the picture by numbers that the caller has drawn from (seed, epoch, sample key). H, W of the source; S the model's side.
+Training decodes by `fast` (libjpeg-turbo with DCT scaling, area resize) or `pil` (the processor's resize), or leaves
+all after decoding to the device, and changes the picture by numbers that the caller has drawn from (seed, epoch, sample
+key). H, W of the source; S the model's side.
 """
 
 import io
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -74,6 +75,14 @@ class ImageSpec:
         )
 
 
+class Piece(NamedTuple):
+    """What a training picture is made of on the device."""
+
+    pixels: np.ndarray  # (h, w, 3) uint8, what the crop touches
+    box: tuple[float, float, float, float]  # the crop in it: left, top, width, height
+    flip: bool
+
+
 def normalise(images: "Tensor", spec: ImageSpec) -> "Tensor":
     """(B, 3, S, S) uint8 to float32, equal to the processor's rescale and normalise for each of the 256 values."""
     import torch  # here, since worker processes import this module and have no use for it
@@ -109,6 +118,16 @@ def decode_train(
     return perturb(picture, augment, draws)
 
 
+def decode_piece(data: bytes, spec: ImageSpec, augment: AugmentConfig, max_pixels: int, draws: np.ndarray) -> Piece:
+    """The same view as of `decode_train`, neither resized nor flipped yet. Raises BadSample."""
+    source, box = _decode_crop(data, spec, augment, max_pixels, draws)
+    left, top, width, height = box
+    x, y = math.floor(left), math.floor(top)
+    pixels = source[y : math.ceil(top + height), x : math.ceil(left + width)]
+    inside = (float(left - x), float(top - y), float(width), float(height))
+    return Piece(np.ascontiguousarray(pixels), inside, bool(_is_flipped(augment, draws)))
+
+
 def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """RGB, upright, first frame. Raises BadSample for all that Pillow cannot read, or that is too large to unpack."""
     try:
@@ -132,7 +151,7 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def perturb(picture: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
     """Shift, flip and noise on (S, S, 3)."""
     side = picture.shape[0]
-    flip = augment.flip and draws[6] < 0.5
+    flip = _is_flipped(augment, draws)
     if augment.shift or flip:
         largest = int(augment.shift * side)
         down, right = (math.floor(draw * (2 * largest + 1)) - largest for draw in draws[4:6])
@@ -150,14 +169,9 @@ def perturb(picture: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> n
 def _crop_and_resize_fast(
     data: bytes, spec: ImageSpec, augment: AugmentConfig, max_pixels: int, draws: np.ndarray
 ) -> np.ndarray:
-    source, width, height = _decode_scaled(data, spec, augment, max_pixels, draws)
-    left, top, crop_width, crop_height = _crop_box(width, height, spec, augment, draws)
-    scale_x, scale_y = source.shape[1] / width, source.shape[0] / height
-    x0, y0 = int(left * scale_x), int(top * scale_y)
-    x1, y1 = (
-        max(at + 1, round(end))
-        for at, end in ((x0, (left + crop_width) * scale_x), (y0, (top + crop_height) * scale_y))
-    )
+    source, (left, top, width, height) = _decode_crop(data, spec, augment, max_pixels, draws)
+    x0, y0 = int(left), int(top)
+    x1, y1 = (max(at + 1, round(end)) for at, end in ((x0, left + width), (y0, top + height)))
     piece = source[y0:y1, x0:x1]
     if piece.shape[:2] == (spec.size, spec.size):
         return piece
@@ -171,6 +185,16 @@ def _crop_and_resize_pil(
     left, top, width, height = _crop_box(*picture.size, spec, augment, draws)
     box = (left, top, left + width, top + height)
     return np.asarray(picture.resize((spec.size, spec.size), spec.resample, box=box))
+
+
+def _decode_crop(
+    data: bytes, spec: ImageSpec, augment: AugmentConfig, max_pixels: int, draws: np.ndarray
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """The picture, perhaps smaller than it is, and the crop in it."""
+    source, width, height = _decode_scaled(data, spec, augment, max_pixels, draws)
+    left, top, crop_width, crop_height = _crop_box(width, height, spec, augment, draws)
+    scale_x, scale_y = source.shape[1] / width, source.shape[0] / height
+    return source, (left * scale_x, top * scale_y, crop_width * scale_x, crop_height * scale_y)
 
 
 def _decode_scaled(
@@ -195,6 +219,10 @@ def _decode_scaled(
     except ValueError as error:
         raise BadSample("broken picture", str(error)) from None
     return picture, width, height
+
+
+def _is_flipped(augment: AugmentConfig, draws: np.ndarray) -> bool:
+    return augment.flip and draws[6] < 0.5
 
 
 def _is_turned(data: bytes) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlscale.data.fast_tokens import FastTokens, TokenRows
 from vlscale.data.faults import BadSample, BadShard, UnreadableShard
-from vlscale.data.images import NUM_DRAWS, ImageSpec, decode_train
+from vlscale.data.images import NUM_DRAWS, ImageSpec, Piece, decode_piece, decode_train
 from vlscale.data.keyed import hash64, uniforms
 from vlscale.data.lanes import LANE_STATE, BlockTable, Lane, SourceLane
 from vlscale.data.manifest import Manifest
@@ -37,8 +37,8 @@ class Part:
     """Lanes' next samples, lane after lane."""
 
     states: np.ndarray  # (lanes of the part, sources) LANE_STATE, after these samples
-    images: np.ndarray  # (b, S, S, 3) uint8
-    second_images: np.ndarray | None
+    images: np.ndarray | list[Piece]  # (b, S, S, 3) uint8; pieces with data.decode=device
+    second_images: np.ndarray | list[Piece] | None
     progress: np.ndarray | None = None  # (lanes of the part,) passes over their shares, with data.captions=all
     teacher_image: np.ndarray | None = None  # (b, D) float32
     teacher_text: np.ndarray | None = None
@@ -103,8 +103,8 @@ class _Opened:
     sample: Sample
     pair: int
     draws: np.ndarray
-    picture: np.ndarray  # (S, S, 3)
-    second: np.ndarray | None
+    picture: np.ndarray | Piece  # (S, S, 3)
+    second: np.ndarray | Piece | None
 
 
 class PartLoader:
@@ -144,9 +144,9 @@ class PartLoader:
         self.with_json = self.pair_field is not None or job.data.caption_key.startswith("json:")
 
     def next(self) -> Part:
-        count, side = self.job.per_lane * len(self.lanes), self.job.spec.size
-        images = np.empty((count, side, side, 3), dtype=np.uint8)
-        second_images = np.empty_like(images) if self.job.views.second_picture else None
+        count = self.job.per_lane * len(self.lanes)
+        images = self._room(count)
+        second_images = self._room(count) if self.job.views.second_picture else None
         part = Part(np.zeros(self.job.states.shape, LANE_STATE), images, second_images)
         if self.teachers is not None:
             header = self.teachers.header
@@ -165,6 +165,11 @@ class PartLoader:
 
     def close(self) -> None:
         self.reader.close()
+
+    def _room(self, count: int) -> np.ndarray | list:
+        if self.data.decode == "device":
+            return [None] * count
+        return np.empty((count, self.job.spec.size, self.job.spec.size, 3), dtype=np.uint8)
 
     def _place_one(self, lane: Lane, part: Part) -> None:
         """The next sample that is whole, of the source whose turn it is."""
@@ -242,8 +247,10 @@ class PartLoader:
         except BadShard as error:
             raise UnreadableShard(shard, str(error)) from error
 
-    def _decode(self, sample: Sample, draws: np.ndarray) -> np.ndarray:
+    def _decode(self, sample: Sample, draws: np.ndarray) -> np.ndarray | Piece:
         data = self.data
+        if data.decode == "device":
+            return decode_piece(sample.image, self.job.spec, data.augment, data.max_pixels, draws)
         return decode_train(sample.image, self.job.spec, data.augment, data.decode, data.max_pixels, draws)
 
     def _choose(self, sample: Sample, epoch: int, due: int, draws: np.ndarray) -> tuple[int, int]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vlscale.data.ahead import Ahead
-from vlscale.data.batch import Batch
+from vlscale.data.batch import Batch, PackedPictures
 from vlscale.data.fast_tokens import TokenRows, state_of
-from vlscale.data.images import ImageSpec
+from vlscale.data.images import ImageSpec, Piece
 from vlscale.data.lanes import LANE_STATE, StreamState, choose_lanes, merge_states
 from vlscale.data.loader import LoaderJob, Part, PartLoader, Views
 from vlscale.data.manifest import build_manifest
@@ -140,10 +140,10 @@ class TrainStream:
             captions=part.captions,
             positions=torch.arange(self.first_position, self.first_position + len(part.keys)),
             pair_id=torch.tensor(part.pair_id, dtype=torch.int64),
-            images=_channels_first(part.images),
+            images=_pictures(part.images),
             input_ids=input_ids,
             attention_mask=attention_mask,
-            second_images=None if part.second_images is None else _channels_first(part.second_images),
+            second_images=None if part.second_images is None else _pictures(part.second_images),
             second_input_ids=second[0],
             second_attention_mask=second[1],
             state=state,
@@ -182,10 +182,12 @@ def _continue(state: StreamState, fresh: StreamState) -> StreamState:
     return state
 
 
-def _channels_first(images: np.ndarray) -> Tensor:
+def _pictures(images: np.ndarray | list[Piece]) -> Tensor | PackedPictures:
+    if isinstance(images, list):
+        return PackedPictures.of(images)
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def _size(batch: Batch) -> int:
     """Bytes of its tensors."""
-    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor | PackedPictures))

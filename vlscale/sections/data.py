@@ -30,7 +30,9 @@ class DataConfig(Section):
     # own, one after the other, with the same view of the picture and one pair_id, so that they are positives
     pair_id: str | None = None  # `json:FIELD`: samples with equal values are positives of each other
     augment: AugmentConfig = AugmentConfig()
-    decode: Literal["fast", "pil"] = "fast"
+    decode: Literal["fast", "pil", "device"] = "fast"  # how pictures get the model's size: an area resize of what
+    # JPEG's DCT scaling leaves; the processor's own, bit for bit; or on the device, by the processor's filter, cropped,
+    # resized, flipped and scaled in one CUDA kernel (elsewhere in torch, slower), so that workers only decode
     max_pixels: int = Field(64_000_000, gt=0)
     lanes: int | None = Field(None, gt=0)  # logical streams; null: largest power of two <= 64 that divides the batch
     window: int = Field(8, gt=0)  # blocks a lane shuffles together
@@ -63,6 +65,15 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.length_buckets={self.length_buckets} needs captions in members of their own, whose length the "
                 f"index tells, got data.caption_key={self.caption_key}; set data.length_buckets=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_device_only_crops_and_flips(self) -> "DataConfig":
+        if self.decode == "device" and (self.augment.shift or self.augment.noise):
+            raise ValueError(
+                f"data.decode=device crops and flips, it neither shifts nor adds noise, got data.augment.shift="
+                f"{self.augment.shift}, data.augment.noise={self.augment.noise}; set both to 0 or data.decode=fast"
             )
         return self
 

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from vlscale.data.batch import Batch
+from vlscale.data.batch import Batch, PackedPictures
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.tokens import tokenise
+from vlscale.kernels.preprocess import preprocess_images
 from vlscale.models.chunks import in_chunks
 from vlscale.models.rows import unit
 from vlscale.models.teachers import Teacher, Teachers
@@ -33,7 +34,7 @@ class Inputs:
         `chunk_size`: rows that a teacher sees at once."""
         self.fuses, self.words, self.chunk_size = fuses, words, chunk_size
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
-        self._dtype = dtype  # of cached rows, as the teachers' own would be
+        self._dtype = dtype  # of the towers, and of cached rows, as the teachers' own would be
         self._teacher_spec = spec
         self._teacher_tokenizer = None  # None: the student's token ids serve
         if teachers is not None and teachers.image.source is not None:
@@ -43,14 +44,15 @@ class Inputs:
             self._teacher_tokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
 
     def student(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """All views of the pairs, first views first; pixels stay uint8 until a tower takes them."""
-        images, ids, mask = batch.images, batch.input_ids, batch.attention_mask
-        if batch.second_images is not None:
-            images = torch.cat([images, batch.second_images])
+        """All views of the pairs, first views first. Pixels stay uint8 until a tower takes them; those that the device
+        makes are floats."""
+        given = (batch.images, batch.second_images)
+        views = [self._pixels(images, self.spec) for images in given if images is not None]
+        ids, mask = batch.input_ids, batch.attention_mask
         if batch.second_input_ids is not None:
             ids, mask = _stack_tokens(ids, mask, batch.second_input_ids, batch.second_attention_mask)
         return {
-            "pixels": images.to(self.device, non_blocking=True),
+            "pixels": torch.cat(views) if len(views) > 1 else views[0],
             "input_ids": ids.to(self.device, non_blocking=True),
             "attention_mask": mask.to(self.device, non_blocking=True),
         }
@@ -65,15 +67,35 @@ class Inputs:
             return None, None
         return self._image_rows(self.teachers.image, batch), self._text_rows(self.teachers.text, batch)
 
+    def _pixels(self, images: torch.Tensor | PackedPictures, spec: ImageSpec) -> torch.Tensor:
+        """uint8 as they come, or of packed pictures what a tower of `spec` takes, (B, 3, S, S) of the towers' dtype."""
+        if isinstance(images, torch.Tensor):
+            return images.to(self.device, non_blocking=True)
+        return preprocess_images(
+            images.pictures.to(self.device, non_blocking=True),
+            images.offsets,
+            images.sizes,
+            images.boxes,
+            images.flips,
+            size=spec.size,
+            mean=spec.mean,
+            std=spec.std,
+            resample=spec.resample,
+            dtype=self._dtype,
+        )
+
     def _image_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
         def encode(images: torch.Tensor) -> torch.Tensor:
-            size = self._teacher_spec.size
-            if size != self.spec.size:
-                resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
-                images = resized.round().clamp(0, 255).to(torch.uint8)
-            return teacher(pixel_values=normalise(images, self._teacher_spec))
+            if images.dtype == torch.uint8:
+                size = self._teacher_spec.size
+                if size != self.spec.size:
+                    mode = "bilinear" if self._teacher_spec.resample == 2 else "bicubic"
+                    resized = F.interpolate(images.float(), size=(size, size), mode=mode, antialias=True)
+                    images = resized.round().clamp(0, 255).to(torch.uint8)
+                images = normalise(images, self._teacher_spec)
+            return teacher(pixel_values=images)
 
-        return in_chunks(encode, self.chunk_size, batch.images.to(self.device))
+        return in_chunks(encode, self.chunk_size, self._pixels(batch.images, self._teacher_spec))
 
     def _text_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
         ids, mask = batch.input_ids, batch.attention_mask

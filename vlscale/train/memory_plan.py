@@ -150,6 +150,8 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
         notes.append(f"meta.mode={config.meta.mode}: the meta step's own passes are not counted, only the joint step's")
     if config.model.fusion is not None:
         notes.append("the fusion encoder, and what towers do for it, are not counted: only the dual encoder is")
+    if config.data.decode == "device":
+        notes.append("data.decode=device: the decoded pictures, of any sizes, are not counted")
     if config.objective.name == "rvlr":
         notes.append("the projections of the teachers' embeddings and rvlr's own terms are not counted")
     return RunPlan(
@@ -286,8 +288,9 @@ def _bucket_bytes(run: Run) -> int:
 
 
 def _input_bytes(run: Run) -> int:
-    """All views of a rank's pictures as uint8, which become floats where the tower takes them, and of its captions."""
-    return run.rows["vision"] * 3 * run.side**2 + 2 * 8 * run.rows["text"] * run.config.model.text.max_length
+    """All views of a rank's pictures, uint8 until a tower takes them or floats that the device makes, and captions."""
+    pixel = run.size if run.config.data.decode == "device" else 1
+    return run.rows["vision"] * 3 * run.side**2 * pixel + 2 * 8 * run.rows["text"] * run.config.model.text.max_length
 
 
 def _activation_bytes(run: Run) -> int:

@@ -150,6 +150,11 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         checkpoint_blocks(model)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
+    if config.data.decode == "device" and spec.resample not in (2, 3):
+        raise ValueError(
+            f"data.decode=device resizes bilinearly or bicubically, and the image processor says resample="
+            f"{spec.resample}; expected 2 or 3 there, or data.decode=pil"
+        )
     model.normalise = partial(normalise, spec=spec)
     teachers = None
     if config.objective.needs_teachers:
