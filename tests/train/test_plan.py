@@ -3,8 +3,10 @@
 import gc
 import itertools
 import json
+from copy import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import Config
 from vlscale.train.engine import Engine, start_ranks
 from vlscale.train.memory_plan import RunPlan, plan_run
+from vlscale.train.step import StepParts
+from vlscale.train.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOWER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
@@ -63,6 +67,9 @@ def measured_peak(config: Config, ranks: Ranks, trace) -> int:
             checkpoint_blocks(model)
         engine = Engine(model, config, ranks)
         for _ in range(2 * config.train.accumulate_losses):
+            if config.meta.mode != "joint":
+                meta_step(engine, config, ranks)
+                continue
             backward(engine, config, ranks)
             engine.step()
     engine.close()
@@ -88,9 +95,38 @@ def backward(engine: Engine, config: Config, ranks: Ranks) -> None:
     engine.backward(total_loss(rows, config.objective, ranks, config.engine.comm)[0])
 
 
+class Given:
+    """Inputs of a meta step: blank pictures, random teachers."""
+
+    fuses = False
+
+    def student(self, batch: SimpleNamespace) -> dict[str, torch.Tensor]:
+        ids = torch.ones(PAIRS, LENGTH, dtype=torch.long)
+        pixels = torch.zeros(PAIRS, 3, SIDE, SIDE, dtype=torch.uint8)
+        return {"pixels": pixels, "input_ids": ids, "attention_mask": ids.clone()}
+
+    def teacher_rows(self, batch: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(PAIRS, 64), torch.randn(PAIRS, 64)
+
+
+def meta_step(engine: Engine, config: Config, ranks: Ranks) -> None:
+    batch = SimpleNamespace(keys=range(PAIRS), pair_id=torch.arange(PAIRS))
+    parts = StepParts(engine, Given(), config.objective, config.meta, ranks, config.train.chunk_size)
+    STEPS[config.meta.mode](parts, batch, copy(batch) if config.meta.test_batch == "next" else batch)
+
+
+COVLR = ["objective.name=covlr", "teacher.source=cache", "teacher.cache=none"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
+        ["engine.zero_stage=0", *COVLR, "meta.mode=heads"],
+        ["engine.zero_stage=0", *COVLR, "meta.mode=heads", "meta.test_batch=next"],
+        ["engine.zero_stage=2", *COVLR, "meta.mode=first_order"],
+        ["engine.zero_stage=0", *COVLR, "meta.mode=first_order", "train.chunk_size=16"],
+        ["engine.zero_stage=0", *COVLR, "meta.mode=finite_difference"],
+        ["engine.zero_stage=2", *COVLR, "meta.mode=finite_difference", "train.chunk_size=16"],
         ["engine.zero_stage=0"],
         ["engine.zero_stage=2"],
         ["engine.zero_stage=3"],
@@ -102,12 +138,33 @@ def backward(engine: Engine, config: Config, ranks: Ranks) -> None:
         ["engine.zero_stage=1", "train.accumulate_losses=2"],
         ["engine.zero_stage=2", "engine.activation_checkpointing=true"],
     ],
-    ids=lambda overrides: " ".join(overrides).replace("engine.", "").replace("train.", ""),
+    ids=lambda overrides: " ".join(o.split(".", 1)[1] for o in overrides if o not in COVLR),
 )
 def test_the_peak_is_within_15_percent_of_the_measured_one(ranks, tmp_path, overrides):
     config = config_of(*overrides)
     measured, plan = measured_peak(config, ranks, tmp_path / "trace.json"), planned(config)
     assert plan.peak == pytest.approx(measured, rel=0.15), (plan.memory, plan.moments)
+
+
+@pytest.mark.parametrize(
+    ("meta", "towers", "losses"),
+    [
+        ("heads", 1, (1, 1)),
+        ("heads, test_batch: next", 2, (1, 1)),
+        ("first_order", 2, (1, 1)),
+        ("finite_difference", 4, (3, 1)),
+    ],
+)
+def test_a_meta_step_is_counted_by_its_passes(meta, towers, losses):
+    plain, joint = planned(config_of(), 4), planned(config_of(*COVLR), 4)
+    plan = planned(config_of(*COVLR, f"meta={{mode: {meta}}}"), 4)
+    assert plan.operations["towers"] == towers * joint.operations["towers"]
+    contrast, relations = plain.operations["losses"], joint.operations["losses"] - plain.operations["losses"]
+    assert plan.operations["losses"] == losses[0] * contrast + losses[1] * relations
+    kept = {"first_order": 1, "finite_difference": 3}.get(meta, 0)
+    assert plan.memory.get("meta step", 0) == (4 * plan.learned * (kept + 1) if kept else 0)
+    more = plan.traffic["gradients"] - joint.traffic["gradients"]
+    assert more == pytest.approx(0.75 * 8 * kept * plan.learned, abs=1)
 
 
 def test_operations_are_those_of_the_layers():

@@ -13,6 +13,8 @@ from vlscale.models.rows import unit
 from vlscale.models.teachers import Teacher, Teachers
 from vlscale.objectives.masked_language import Words
 
+TeacherEmbeddings = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 class Inputs:
     """Prepares model inputs. A teacher loaded from elsewhere gets the same augmented sample as the student: the
@@ -35,6 +37,7 @@ class Inputs:
         self.fuses, self.words, self.chunk_size = fuses, words, chunk_size
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
         self._dtype = dtype  # of the towers, and of cached rows, as the teachers' own would be
+        self._last: tuple[Batch, TeacherEmbeddings] | None = None
         self._teacher_spec = spec
         self._teacher_tokenizer = None  # None: the student's token ids serve
         if teachers is not None and teachers.image.source is not None:
@@ -57,9 +60,14 @@ class Inputs:
             "attention_mask": mask.to(self.device, non_blocking=True),
         }
 
-    def teacher_rows(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def teacher_rows(self, batch: Batch) -> TeacherEmbeddings:
         """Image and text embeddings (B, D_teacher) of the teachers for the first views, or those that a teacher cache
-        has of the samples; None without teachers."""
+        has of the samples; None without teachers. Those of the last batch are kept: a meta step asks again."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = batch, self._made_rows(batch)
+        return self._last[1]
+
+    def _made_rows(self, batch: Batch) -> TeacherEmbeddings:
         if batch.teacher_image is not None:
             image, text = (unit(rows.to(self.device)) for rows in (batch.teacher_image, batch.teacher_text))
             return image.to(self._dtype), text.to(self._dtype)

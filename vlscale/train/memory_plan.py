@@ -79,6 +79,10 @@ class Run:
         return self.config.train.accumulate_losses
 
     @property
+    def passes(self) -> "Passes":
+        return PASSES[self.config.meta.mode, self.config.meta.test_batch]
+
+    @property
     def gradient_size(self) -> int:
         """Bytes of a gradient that waits: sums of several losses are float32."""
         return MASTER if self.losses > 1 else self.size
@@ -102,6 +106,25 @@ class Run:
         width, everyone = self.config.model.embed_dim, self.config.train.global_batch_size
         comm = choose_comm(self.config.engine.comm, (self.size + MASTER) * everyone * width, relation=False)
         return "gather" if comm == "gather" else "ring"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a step does beside one joint pass."""
+
+    towers: int = 1  # forward and backward, of which
+    consistency: int = 1  # end in consistency, and
+    at_once: int = 1  # wait for one backward
+    kept: int = 0  # gradients of all that learns, whole on every rank, beside a copy of the parameters
+
+
+PASSES = {
+    ("joint", "same"): Passes(),
+    ("heads", "same"): Passes(),
+    ("heads", "next"): Passes(towers=2, at_once=2),
+    **{("first_order", test): Passes(towers=2, kept=1) for test in ("same", "next")},
+    **{("finite_difference", test): Passes(towers=4, consistency=3, kept=3) for test in ("same", "next")},
+}
 
 
 @dataclass(frozen=True)
@@ -146,8 +169,8 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
         notes.append(f"a step is {facts.losses} losses, each over {config.train.global_batch_size} pairs of its own")
     if config.teacher.source == "cache":
         notes.append("the cached teachers are counted as wide as the student")
-    if config.meta.mode != "joint":
-        notes.append(f"meta.mode={config.meta.mode}: the meta step's own passes are not counted, only the joint step's")
+    if config.meta.mode == "heads":
+        notes.append("meta.mode=heads: what differentiating the contrast twice adds to the losses is not counted")
     if config.model.fusion is not None:
         notes.append("the fusion encoder, and what towers do for it, are not counted: only the dual encoder is")
     if config.data.decode == "device":
@@ -244,6 +267,9 @@ def _passing(run: Run) -> dict[str, int]:
         passing["gradients"] = run.learned * run.gradient_size // (run.world if stage == 2 else 1)
     if stage in (1, 2):
         passing["buckets"] = _bucket_bytes(run)
+    if run.passes.kept:
+        before = run.learned // (run.world if stage == 3 else 1)
+        passing["meta step"] = (run.passes.kept * run.learned + before) * run.size
     return passing
 
 
@@ -251,11 +277,13 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     """Bytes at the three moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
     they are, while activations become fewer. Those of an update's earlier losses are there all the while."""
     stage, vision, text = run.stage, run.towers["vision"], run.towers["text"]
-    always += passing["inputs"]
+    update = always + passing["inputs"]
+    always = update + passing.get("meta step", 0)
     gradients, activations = passing.get("gradients", 0), passing["activations"]
     if not run.chunked:
-        backward = max(activations, vision.saved + text.saved + passing["loss"])
-        with_gradients = max(
+        waiting = (run.passes.at_once - 1) * (vision.saved + text.saved)
+        backward = max(activations, waiting + vision.saved + text.saved + passing["loss"])
+        with_gradients = waiting + max(
             vision.saved + text.peak_with_gradients, text.learned * run.size + vision.peak_with_gradients
         )
     else:
@@ -266,7 +294,7 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     elif stage < 3:
         backward += passing["buckets"] + (gradients if stage == 2 and run.world > 1 else 0)
     if run.losses > 1:
-        backward = max(backward, sum(passing.values()) - passing["inputs"])
+        backward = max(backward, sum(passing.values()) - passing["inputs"] - passing.get("meta step", 0))
     flat = run.learned * MASTER // run.sharded  # gradients in one piece, for the optimizer or the reduction
     largest = max(tower.largest for tower in run.towers.values())
     scratch = 2 * MASTER * (run.learned // run.sharded if stage else largest)
@@ -277,7 +305,7 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     return {
         "teachers": always + max((tower.peak for tower in run.teachers.values()), default=0),
         "backward": always + backward,
-        "update": always + gradients + flat + scratch * (run.config.optim.name == "adamw"),
+        "update": update + gradients + flat + scratch * (run.config.optim.name == "adamw"),
     }
 
 
@@ -298,9 +326,10 @@ def _activation_bytes(run: Run) -> int:
     beside the embeddings of all rows, their copies in one piece and their gradients."""
     vision, text = run.towers["vision"], run.towers["text"]
     if not run.chunked:
-        return max(vision.peak, vision.saved + text.peak)
+        waiting = (run.passes.at_once - 1) * (vision.saved + text.saved)
+        return waiting + max(vision.peak, vision.saved + text.peak)
     embeddings = sum(run.rows.values()) * run.config.model.embed_dim * run.size
-    return 3 * embeddings + max(vision.peak, text.peak)
+    return 3 * run.passes.at_once * embeddings + max(vision.peak, text.peak)
 
 
 def _terms(run: Run) -> tuple[int, list[int]]:
@@ -336,7 +365,7 @@ def traffic(run: Run) -> dict[str, int]:
     A contrast by gather: (W-1)/W N (D e + 4 D + 8), columns there, their gradients back in float32, sums; by ring
     (W-1) b (2 D e + 4) + N (4 D + 4), columns in both passes, gradients and sums all the way round; and IDS of a pair
     for pair ids. Relations: (W-1)/W N (e (D + D_teacher) + 8), which a half ring does not change much. Gradients and
-    weights: (W-1)/W of them for each time that they travel.
+    weights: (W-1)/W of them for each time that they travel; a meta step's own gradients go to all, in float32.
     """
     if run.world == 1:
         return {}
@@ -351,11 +380,12 @@ def traffic(run: Run) -> dict[str, int]:
     contrast += others * everyone * IDS
     relation = sum(others * everyone * (both * run.size + 8) for both in relations)
     gradients = others * run.learned * run.size * {0: 2, 1: 1, 2: run.losses, 3: run.losses}[stage]
+    gradients += others * run.learned * MASTER * 2 * run.passes.kept * run.losses
     again = 3.0 if run.chunked or run.config.engine.activation_checkpointing else 2.0
-    passes = again * max(run.forwards.values()) * run.losses
+    passes = again * max(run.forwards.values()) * run.passes.towers * run.losses
     weights = {0: 0.0, 1: 1.0, 2: 1.0, 3: passes}[stage]
     return {
-        "losses": int(contrasts * contrast + relation) * run.losses,
+        "losses": int(contrasts * contrast * run.passes.consistency + relation) * run.losses,
         "gradients": int(gradients),
         "weights, at most" if stage == 3 else "weights": int(others * run.parameters * run.size * weights),
     }
@@ -372,7 +402,7 @@ def operations(run: Run) -> dict[str, int]:
     contrast = 8 * everyone**2 * width
     relation = sum(4 * everyone**2 * both + 2 * everyone**2 * width for both in relations)
     return {
-        "towers": towers * run.losses,
+        "towers": towers * run.passes.towers * run.losses,
         "teachers": sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once) * run.losses,
-        "losses": (contrasts * contrast + relation) // run.world * run.losses,
+        "losses": (contrasts * contrast * run.passes.consistency + relation) // run.world * run.losses,
     }
