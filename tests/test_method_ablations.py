@@ -29,15 +29,19 @@ def script():
     return runpy.run_path(str(METHOD / "__main__.py"))
 
 
-def test_every_run_of_the_ablations_is_a_valid_config_of_one_trial(script):
-    study = script["read_study"](METHOD / "ablations.yaml")
-    assert study["name"] == "ablations" and list(study["levels"]) == ["emoji"] and len(study["seeds"]) == 5
+@pytest.mark.parametrize(
+    ("name", "levels"), [("ablations", ["emoji"]), ("fused", ["emoji"]), ("longer", ["clean", "emoji"])]
+)
+def test_every_run_of_a_study_without_tuning_is_a_valid_config_of_one_trial(script, name, levels):
+    study = script["read_study"](METHOD / f"{name}.yaml")
+    assert study["name"] == name and list(study["levels"]) == levels and len(study["seeds"]) == 5
     moved = {f"{name}'" for name, own in study["methods"].items() if own.get("theta_prime")}
     assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"]) | moved
-    (chosen,) = script["untuned"](study).values()
+    chosen = script["untuned"](study)[levels[0]]
     assert chosen.keys() == study["methods"].keys()
+    model = {"fusion": {"source": "text"}} if name == "fused" else {}
     for method, own in chosen.items():
-        config = validate(own | {"teacher": {"source": "frozen_copy"}}, method)
+        config = validate(own | {"model": model, "teacher": {"source": "frozen_copy"}}, method)
         assert f"{method}'" not in moved or config.meta_mode == "heads"
     assert len({json.dumps(own, sort_keys=True) for own in chosen.values()}) == len(chosen)
     assert script["untuned"](script["read_study"](METHOD / "study.yaml")) is None

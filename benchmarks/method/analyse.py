@@ -16,6 +16,7 @@ from vlscale.evaluate.paired import ENOUGH, paired, seed_interval
 
 NAMES = {
     "rsum": "rsum", "i2i": "i2i", "t2t": "t2t", "single": "mean of i2i, t2t", "i2it": "i2it", "t2it": "t2it",
+    "reranked": "rsum, re-ranked",
 }  # fmt: skip
 
 
@@ -50,8 +51,13 @@ def read_cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
     }
 
 
+def names_of(study: dict) -> dict[str, str]:
+    """The study's endpoints, and what the tables call them."""
+    return {endpoint: NAMES[endpoint] for endpoint in study.get("endpoints", list(NAMES)[:-1])}
+
+
 def markdown(study: dict, table: dict, chosen: dict) -> str:
-    seeds = sorted({seed for by_seed in table.values() for seed in by_seed})
+    seeds, names = sorted({seed for by_seed in table.values() for seed in by_seed}), names_of(study)
     lines = [
         f"# Method {study.get('name', 'study')}, {today()}",
         "",
@@ -69,15 +75,15 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
             "",
             f"## {level} ({len(by_seed)} of {len(study['seeds'])} seeds{few})",
             "",
-            "| | " + " | ".join(NAMES.values()) + " |",
+            "| | " + " | ".join(names.values()) + " |",
         ]
-        lines.append("| --- |" + " ---: |" * len(NAMES))
+        lines.append("| --- |" + " ---: |" * len(names))
         for method in next(iter(by_seed.values())):
-            means = [np.mean([cell[method][endpoint] for cell in by_seed.values()]) for endpoint in NAMES]
+            means = [np.mean([cell[method][endpoint] for cell in by_seed.values()]) for endpoint in names]
             lines.append(f"| {method} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
-        lines += ["", "| difference | " + " | ".join(NAMES.values()) + " |", "| --- |" + " ---: |" * len(NAMES)]
+        lines += ["", "| difference | " + " | ".join(names.values()) + " |", "| --- |" + " ---: |" * len(names)]
         for first, second in study["comparisons"]:
-            shown = [_difference(paired(by_seed, first, second, endpoint)) for endpoint in NAMES]
+            shown = [_difference(paired(by_seed, first, second, endpoint)) for endpoint in names]
             lines.append(f"| {first} - {second} | " + " | ".join(shown) + " |")
     tuned = any("grid" in own for own in study["methods"].values())
     how = "Chosen by tuning, on the validation split of a seed that is not reported" if tuned else "Settings, not tuned"
@@ -98,13 +104,13 @@ def _difference(differences: np.ndarray) -> str:
 
 
 def as_csv(study: dict, table: dict) -> str:
-    out = io.StringIO()
+    out, names = io.StringIO(), names_of(study)
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["level", "seed", "method", *NAMES])
+    writer.writerow(["level", "seed", "method", *names])
     for level, by_seed in table.items():
         for seed, cell in by_seed.items():
             for method, values in cell.items():
-                writer.writerow([level, seed, method, *(f"{values[endpoint]:.4f}" for endpoint in NAMES)])
+                writer.writerow([level, seed, method, *(f"{values[endpoint]:.4f}" for endpoint in names)])
     return out.getvalue()
 
 
@@ -116,11 +122,11 @@ def plot(study: dict, table: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     levels = [level for level, by_seed in table.items() if by_seed]
-    methods = [method for method in study["methods"] if method != "contrastive"]
+    methods, names = [method for method in study["methods"] if method != "contrastive"], names_of(study)
     height = max(2.0, 0.2 * len(methods)) * len(levels)
-    figure, axes = plt.subplots(len(levels), len(NAMES), figsize=(2.4 * len(NAMES), height), squeeze=False)
+    figure, axes = plt.subplots(len(levels), len(names), figsize=(2.4 * len(names), height), squeeze=False)
     for level, row in zip(levels, axes, strict=True):
-        for axis, endpoint in zip(row, NAMES, strict=True):
+        for axis, endpoint in zip(row, names, strict=True):
             for place, method in enumerate(methods):
                 differences = paired(table[level], method, "contrastive", endpoint)
                 low, high = seed_interval(differences)
@@ -132,7 +138,7 @@ def plot(study: dict, table: dict, path: Path) -> None:
             axis.tick_params(axis="x", labelsize=7)
             axis.invert_yaxis()
             if level == levels[0]:
-                axis.set_title(NAMES[endpoint], fontsize=9)
+                axis.set_title(names[endpoint], fontsize=9)
         row[0].set_ylabel(level, fontsize=9)
     figure.suptitle("difference from contrastive only: mean over seeds, 95 % interval, each seed", fontsize=9)
     figure.tight_layout()

@@ -24,6 +24,7 @@ from vlscale.train.plan import train_plan
 
 TEST_SEEDS = 10_000  # the test split of a seed is the held-out split of another corpus, of seed + this
 HELD_OUT_SHARDS = 2
+RERANKED = 32  # nearest of each query that a fusion encoder scores
 ENDPOINTS = {
     "i2i": "i2i/ndcg@10_norm",
     "t2t": "t2t/ndcg@10_norm",
@@ -38,24 +39,35 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
     folder.mkdir(parents=True, exist_ok=True)
     data = _emoji(job) if job["level"].get("recipe") == "emoji" else _scenes(job, folder / "data")
     plan = folder / "plan.yaml"
-    plan.write_text(yaml.safe_dump(_plan(job, data["train"])))
+    plan.write_text(yaml.safe_dump(_plan(job, data["train"]), sort_keys=False))  # stages stand in order
     train_plan(load_plan(plan), folder / "runs", resume=True)
     recipe = job["recipe"].get("eval", {})
     measured, runs = {}, folder / "runs"
     for name in job.get("theta_prime", []):
         save_at_theta_prime(runs / name, runs / f"{name}'")
     for name in ("teachers", *job["runs"], *(f"{name}'" for name in job.get("theta_prime", []))):
+        matches = job["recipe"]["model"].get("fusion") and name != "teachers" and _matches(job["runs"][name])
         request = EvalRequest(
-            str(runs / name), data[job["split"]], recipe.get("protocol", "auto"), recipe.get("labels", [])
+            str(runs / name),
+            data[job["split"]],
+            recipe.get("protocol", "auto"),
+            recipe.get("labels", []),
+            rerank=RERANKED if matches else None,
         )
         _, result = evaluate_model(request)
         labelled = recipe["labels"][0] + ":" if recipe else ""
         measured[name] = {"rsum": result["rsum"].value} | {
             name: result[labelled + key].value for name, key in ENDPOINTS.items()
         }
+        measured[name]["reranked"] = result["reranked:rsum" if matches else "rsum"].value
         measured[name]["single"] = (measured[name]["i2i"] + measured[name]["t2t"]) / 2
     shutil.rmtree(folder)
     return measured
+
+
+def _matches(overrides: dict) -> bool:
+    """Whether a method trains matching, which it does unless its weight is 0."""
+    return overrides.get("objective", {}).get("itm_weight", 1) > 0
 
 
 def _scenes(job: dict, folder: Path) -> dict[str, list[str]]:
@@ -86,7 +98,7 @@ def _emoji(job: dict) -> dict[str, list[str]]:
 
 
 def _plan(job: dict, train: list[str]) -> dict:
-    recipe = {key: value for key, value in job["recipe"].items() if key != "teachers"}
+    recipe = {key: value for key, value in job["recipe"].items() if key not in ("teachers", "matching")}
     own = recipe.get("train", {})
     recipe["data"] = recipe["data"] | {"train": train, "manifest_dir": f"{job['folder']}/manifests"}
     recipe["train"] = own | {"seed": job["seed"], "checkpoint_every": 10_000, "keep_checkpoints": 1}
@@ -94,12 +106,16 @@ def _plan(job: dict, train: list[str]) -> dict:
     teachers = job["recipe"]["teachers"] | {
         "objective": {"name": "contrastive", "contrastive_weight": 0, "view_weight": 1, "caption_weight": 1}
     }
+    stages, start = {"teachers": teachers}, "stage:teachers"
+    if "matching" in job["recipe"]:  # a first stage of contrast and matching, as RVLR trains
+        teachers["objective"]["itm_weight"] = 0
+        stages["matching"], start = job["recipe"]["matching"] | {"model": {"init_from": start}}, "stage:matching"
     given = {
-        "model": {"init_from": "stage:teachers"},
+        "model": {"init_from": start},
         "teacher": {"source": "hf", "image": "stage:teachers", "text": "stage:teachers"},
     }
     return recipe | {
-        "stages": {"teachers": teachers},
+        "stages": stages,
         "variants": {name: given | overrides for name, overrides in job["runs"].items()},
     }
 
