@@ -97,7 +97,7 @@ def recipe(scenes: Path, steps: int) -> Config:
                 "fusion": {"source": "text"},
             },
             "optim": {"lr": 1e-3, "weight_decay": 0.05, "warmup_steps": min(100, steps - 1)},
-            "engine": {"zero_stage": 0},
+            "engine": {"zero_stage": 0, "threads": 1},
             "train": {"global_batch_size": BATCH, "max_steps": steps, "checkpoint_every": 500},
             "log": {"every": 50},
         },
