@@ -219,8 +219,9 @@ def _counts(pair: tuple[str, str], levels: list[Level]) -> list[dict[str, int]]:
 
 def _lead(levels: list[Level], methods: list[str]) -> str:
     sure = [level for level in levels if level.enough]
-    said = f"{len(methods)} methods on {_counted(len(levels), 'level')}, {min(level.seeds for level in levels)} to "
-    said += f"{max(level.seeds for level in levels)} seeds each."
+    fewest, most = (of(level.seeds for level in levels) for of in (min, max))
+    seeds = str(most) if fewest == most else f"{fewest} to {most}"
+    said = f"{len(methods)} methods on {_counted(len(levels), 'level')}, {seeds} seeds each."
     if not sure:
         return f"{said} No level has the {ENOUGH} seeds that a conclusion needs."
     ahead = []
