@@ -305,3 +305,10 @@ def test_a_pretrained_tower_is_planned_from_its_config_alone(tmp_path):
     AutoConfig.for_model("vit", **TOWER, image_size=SIDE, patch_size=8).save_pretrained(tmp_path)
     plan = planned(config_of(f"model.vision={{source: {tmp_path}, config: null}}"))
     assert plan.memory == planned(config_of()).memory
+
+
+def test_pictures_that_the_device_makes_are_floats():
+    plain, plan = planned(config_of()), planned(config_of("data.decode=device"))
+    pictures = PAIRS * 3 * SIDE**2
+    assert plan.memory["inputs"] - plain.memory["inputs"] == 3 * pictures
+    assert any("decoded pictures, of any sizes, are not counted" in note for note in plan.notes)
