@@ -2,9 +2,9 @@
 
     vlscale bench matching [--rounds 2] [--steps 6000] [--pairs 16000] [--out DIR] [--write]
 
-Each round starts from the model of the one before and goes through the whole schedule of the learning rate again; it takes
-about half an hour of one CPU core. With `--out` the same command goes on where it was stopped. Accuracy over every pair
-of held-out scenes and its two hard negatives, which the model's own similarities choose from its batch; answering no to
+Each round starts from the model of the one before and goes through the whole schedule of the learning rate again, about
+half an hour of one CPU core. With `--out` the same command goes on where it was stopped. Accuracy over every pair of
+held-out scenes and its two hard negatives, which the model's own similarities choose from its batch; answering no to
 everything is right in two cases of three. Then recall among the held-out scenes, by the dual encoder and re-ranked.
 `--write` keeps the page, dated, in benchmarks/results/.
 """
@@ -68,8 +68,8 @@ def main() -> None:
             "",
             provenance(command),
             "",
-            f"{given.rounds} rounds of {given.steps} steps of batch {BATCH} in {seconds:.0f} s. Held-out scenes: **{100 * accuracy:.1f} %** of "
-            "pairs and hard negatives told right (66.7 % by always saying no).",
+            f"{given.rounds} rounds of {given.steps} steps of batch {BATCH} in {seconds:.0f} s. Held-out scenes: "
+            f"**{100 * accuracy:.1f} %** of pairs and hard negatives told right (66.7 % by always saying no).",
             "",
             f"Recall among {HELD_OUT} held-out scenes, the nearest {RERANKED} re-ranked:",
             "",
