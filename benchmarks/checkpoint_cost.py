@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from step import SIDE, TOKENS, VISION, _batch  # noqa: E402
 from step import TEXT as FUSED_TEXT  # noqa: E402
 
 from vlscale.config import validate  # noqa: E402
-from vlscale.data.images import ImageSpec  # noqa: E402
+from vlscale.data.images import ImageSpec, normalise  # noqa: E402
 from vlscale.models.dual_encoder import build_dual_encoder  # noqa: E402
 from vlscale.objectives.total import total_loss  # noqa: E402
 from vlscale.sections import TrainConfig  # noqa: E402
@@ -78,8 +79,10 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[str, dict]:
     ranks = start_ranks(config.engine)
     model = build_dual_encoder(config.model)
     parameters = sum(p.numel() for p in model.parameters())
+    spec = ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3, 3)
+    model.normalise = partial(normalise, spec=spec)
     engine = Engine(model, config, ranks)
-    inputs = Inputs(ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3, 3), None, None, ranks.device, TOKENS)
+    inputs = Inputs(spec, None, None, ranks.device, TOKENS)
     parts = StepParts(engine, inputs, config.objective, config.meta, ranks, None)
     batch = _batch(given.batch, 0)
     layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)

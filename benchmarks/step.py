@@ -21,6 +21,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from common import RESULTS, provenance, today  # noqa: E402
 
 from vlscale.config import validate  # noqa: E402
 from vlscale.data.batch import Batch  # noqa: E402
-from vlscale.data.images import ImageSpec  # noqa: E402
+from vlscale.data.images import ImageSpec, normalise  # noqa: E402
 from vlscale.models.dual_encoder import build_dual_encoder  # noqa: E402
 from vlscale.models.teacher_heads import TeacherHeads  # noqa: E402
 from vlscale.train.engine import Engine, start_ranks  # noqa: E402
@@ -81,8 +82,9 @@ def main() -> None:
     parts = {"vision": model.vision_model, "text": model.text_model, "fusion": model.fusion}
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     model.teacher_heads = TeacherHeads(TEACHER, TEACHER, config.model.embed_dim)
-    engine = Engine(model, config, ranks)
     spec = ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3, 3)
+    model.normalise = partial(normalise, spec=spec)
+    engine = Engine(model, config, ranks)
     inputs = {fuses: Inputs(spec, None, None, ranks.device, TOKENS, fuses=fuses) for fuses in (False, True)}
     batches = [_batch(given.batch, seed) for seed in range(2)]
 

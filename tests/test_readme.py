@@ -5,12 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
 from vlscale.config import validate
+from vlscale.evaluate.paired import seed_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -69,10 +71,20 @@ def test_the_kernels_table_is_the_linked_result():
 def test_the_studys_table_is_the_linked_result():
     (name,) = set(re.findall(r"benchmarks/results/([\w-]+method-study)\.md", TEXT))
     rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open()))
-    labels = {"contrastive": "contrastive", "relations jointly": "joint", "CoVLR `heads`": "heads"}
-    for label, method in (labels | {"RVLR, matching left out": "rvlr"}).items():
+    labels = {
+        "scenes, clean": "clean",
+        "captions often wrong": "text-noisy",
+        "captions generic": "text-generic",
+        "pictures blurred, occluded": "image-weak",
+        "emoji and their names": "emoji",
+    }
+    for label, level in labels.items():
         (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| {label} |")]
-        own = [each for each in rows if each["level"] == "emoji" and each["method"] == method]
-        assert len({each["seed"] for each in own}) == 5
-        means = [sum(float(each[name]) for each in own) / 5 for name in ("rsum", "i2i", "t2t", "i2it", "t2it")]
-        assert [cell.strip(" *") for cell in row.split("|")[2:-1]] == [f"{mean:.1f}" for mean in means]
+        seeds = sorted({each["seed"] for each in rows if each["level"] == level})
+        own = {(each["seed"], each["method"]): each for each in rows if each["level"] == level}
+        assert len(seeds) == 5
+        for cell, name in zip(row.split("|")[2:-1], ("rsum", "i2i", "t2t", "i2it", "t2it"), strict=True):
+            differences = [float(own[seed, "joint"][name]) - float(own[seed, "contrastive"][name]) for seed in seeds]
+            low, high = seed_interval(np.array(differences))
+            shown = [float(number) for number in re.findall(r"[-+]?[\d.]+", cell)]
+            assert shown == pytest.approx([sum(differences) / 5, low, high], abs=0.051)
