@@ -52,8 +52,9 @@ def read_cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
 
 
 def names_of(study: dict) -> dict[str, str]:
-    """The study's endpoints, and what the tables call them."""
-    return {endpoint: NAMES[endpoint] for endpoint in study.get("endpoints", list(NAMES)[:-1])}
+    """The study's endpoints, and what the tables call them; where it names none, all but the re-ranked one."""
+    wanted = study.get("endpoints") or [endpoint for endpoint in NAMES if endpoint != "reranked"]
+    return {endpoint: NAMES[endpoint] for endpoint in wanted}
 
 
 def markdown(study: dict, table: dict, chosen: dict) -> str:

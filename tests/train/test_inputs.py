@@ -103,6 +103,15 @@ def test_packed_pictures_are_made_on_the_device_for_each_tower(corpus, batch, to
     assert (rows * own).sum(1).min() > 0.999
 
 
+def test_a_batch_that_comes_again_is_not_shown_to_the_teachers_again(corpus, batch, tokenizer):
+    teachers = Teachers(image_teacher(32, None), text_teacher(len(tokenizer), None))
+    seen, inputs, other = [], inputs_with(tokenizer, teachers), first_batch(corpus, tokenizer)
+    teachers.image.tower.register_forward_hook(lambda *call: seen.append(len(call[2].pooler_output)))
+    first = inputs.teacher_rows(batch)
+    assert inputs.teacher_rows(batch) is first and seen == [8]
+    assert torch.equal(inputs.teacher_rows(other)[0], first[0]) and seen == [8, 8]
+
+
 def test_teachers_see_a_chunk_at_a_time(batch, tokenizer):
     teachers = Teachers(image_teacher(32, None), text_teacher(len(tokenizer), None))
     seen = []
