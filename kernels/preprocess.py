@@ -1,11 +1,13 @@
-"""`preprocess_images`: pictures of any sizes to one normalised batch: crop, antialiased resize, flip, normalise, cast.
+"""`preprocess_images`: pictures of any sizes to one normalised batch: crop, antialiased resize, flip, colours,
+normalisation, cast.
 
-    out[b, c] = (clamp(Wy P_b[:, :, c] Wx^T, 0, 255) / 255 - mean_c) / std_c
+    R_b[c] = clamp(Wy P_b[:, :, c] Wx^T, 0, 255),   out[b, c] = (clamp(M_b R_b + t_b, 0, 255)[c] / 255 - mean_c) / std_c
 
 Wy (S, h) and Wx (S, w) hold the weights of torch's F.interpolate(antialias=True): a triangle or Keys' cubic (a = -1/2)
 as wide as the larger of a source and an output pixel, each row normalised. Values past black and white, which a cubic
-makes at edges, are cut off, as they are in an 8-bit picture. On a GPU one CUDA kernel (csrc/) does all of it; elsewhere
-the same products run in torch. Not differentiable. B pictures, S the output side, H x W a picture's own size.
+makes at edges, are cut off, as they are in an 8-bit picture. (M_b | t_b) (3, 4) maps the three colours of a pixel. On a
+GPU one CUDA kernel (csrc/) does all of it; elsewhere the same products run in torch. Not differentiable. B pictures, S
+the output side, H x W a picture's own size.
 """
 
 import contextlib
@@ -40,10 +42,12 @@ class Packed:
     sizes: Tensor  # (B, 2) int64, height and width
     boxes: Tensor  # (B, 4) float64, left, top, width, height
     flips: Tensor  # (B,) bool
+    colours: Tensor | None  # (B, 3, 4) float32; None: as they are
 
     def described_on(self, device: torch.device) -> "Packed":
-        rest = (self.offsets, self.sizes, self.boxes, self.flips)
-        return Packed(self.pictures, *(part.to(device, non_blocking=True).contiguous() for part in rest))
+        rest = (self.offsets, self.sizes, self.boxes, self.flips, self.colours)
+        moved = (None if part is None else part.to(device, non_blocking=True).contiguous() for part in rest)
+        return Packed(self.pictures, *moved)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def preprocess_images(
     sizes: Tensor,
     boxes: Tensor | None = None,
     flips: Tensor | None = None,
+    colours: Tensor | None = None,
     *,
     size: int,
     mean: tuple[float, float, float],
@@ -89,18 +94,20 @@ def preprocess_images(
 
     pictures (bytes,) uint8: RGB pictures one after another, rows first; offsets (B,) int64, sizes (B, 2) int64 (height,
     width); boxes (B, 4) float (left, top, width, height) in source pixels, fractions allowed, None for whole pictures;
-    flips (B,) bool, mirrored left to right after the crop. resample: Pillow's code, 2 bilinear or 3 bicubic.
+    flips (B,) bool, mirrored left to right after the crop; colours (B, 3, 4) float, (M | t) of each picture with t in
+    levels of 0 to 255, None for colours as they are. resample: Pillow's code, 2 bilinear or 3 bicubic.
 
     Descriptions (all but `pictures`) on the CPU are checked and sent along; on the GPU they are not read back: `cuda`
     fills a picture whose description is wrong with NaN. impl: `cuda` (CUDA tensors, built by nvcc at first use),
     `reference` (torch, any device, waits for it), `auto` the first that is available.
     """
-    _check_tensors(pictures, offsets, sizes, boxes, flips)
+    _check_tensors(pictures, offsets, sizes, boxes, flips, colours)
     target = Target(size, tuple(mean), tuple(std), resample, dtype)
     _check_target(target)
     boxes = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1) if boxes is None else boxes
     flips = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device) if flips is None else flips
-    packed = Packed(pictures.contiguous(), offsets, sizes, boxes.double(), flips)
+    colours = None if colours is None else colours.float()
+    packed = Packed(pictures.contiguous(), offsets, sizes, boxes.double(), flips, colours)
     library = _choose(impl, pictures.device)
     if library is None:
         packed = packed.described_on(torch.device("cpu"))
@@ -154,6 +161,10 @@ def reference(packed: Packed, target: Target) -> Tensor:
         piece = picture[y : y + rows.shape[1], x : x + columns.shape[1]].float()
         lines = weighted(rows, piece.flatten(1)).view(side, -1, 3).transpose(0, 1)
         out[place] = weighted(columns, lines.flatten(1)).view(side, side, 3).permute(2, 1, 0)
+    out.clamp_(0, 255)
+    if packed.colours is not None:
+        matrix, level = packed.colours.to(device).split([3, 1], dim=2)
+        out = torch.baddbmm(level, matrix, out.flatten(2)).view_as(out)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (target.mean, target.std))
     return ((out.clamp_(0, 255) / 255 - mean) / std).to(target.dtype)
 
@@ -169,7 +180,7 @@ def load_library(path: Path) -> ctypes.CDLL:
     """The C interface of csrc/preprocess.cu."""
     library = ctypes.CDLL(str(path))
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    pictures, described = [i32, pointer, i64], [pointer] * 4
+    pictures, described = [i32, pointer, i64], [pointer] * 5
     library.vlscale_preprocess.argtypes = [
         *pictures,
         *described,
@@ -201,6 +212,7 @@ def launch(library: ctypes.CDLL, packed: Packed, target: Target) -> Tensor:
             packed.pictures.data_ptr(),
             packed.pictures.numel(),
             *(part.data_ptr() for part in (packed.offsets, packed.sizes, packed.boxes, packed.flips)),
+            0 if packed.colours is None else packed.colours.data_ptr(),
             count,
             target.size,
             gain,
@@ -233,7 +245,12 @@ def _choose(impl: str, device: torch.device) -> ctypes.CDLL | None:
 
 
 def _check_tensors(
-    pictures: Tensor, offsets: Tensor, sizes: Tensor, boxes: Tensor | None, flips: Tensor | None
+    pictures: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    boxes: Tensor | None,
+    flips: Tensor | None,
+    colours: Tensor | None,
 ) -> None:
     """Shapes, types and devices; nothing that waits for a device."""
     if not isinstance(pictures, Tensor) or pictures.dtype != torch.uint8 or pictures.dim() != 1:
@@ -246,8 +263,9 @@ def _check_tensors(
         ("offsets", offsets, (count,), "int64"),
         ("boxes", boxes, (count, 4), "a floating dtype"),
         ("flips", flips, (count,), "bool"),
+        ("colours", colours, (count, 3, 4), "a floating dtype"),
     ):
-        if value is None and name in ("boxes", "flips"):
+        if value is None and name in ("boxes", "flips", "colours"):
             continue
         if not isinstance(value, Tensor) or tuple(value.shape) != shape or not _is_kind(value, kind):
             wanted = ", ".join(map(str, shape))
@@ -291,6 +309,9 @@ def _check_values(packed: Packed) -> None:
             f"sizes[{k}]: expected a picture inside the {space} bytes of pictures, got height and width "
             f"{sizes[k].tolist()} at offset {int(packed.offsets[k])}"
         )
+    if packed.colours is not None and not (finite := packed.colours.isfinite().all(2).all(1)).all():
+        k = int((~finite).nonzero()[0])
+        raise ValueError(f"colours[{k}]: expected finite numbers, got {packed.colours[k].tolist()}")
     start, length, limit = boxes[:, :2], boxes[:, 2:], sizes.flip(1)
     good = ((start >= 0) & (length > 0) & (start < limit) & (start + length <= limit + SLACK)).all(1)
     if not good.all():

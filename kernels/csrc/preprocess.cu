@@ -59,13 +59,13 @@ cudaError_t launch(const Job& job, bool cubic, Store store, cudaStream_t stream)
 // Enqueues on `stream` of `device`; pointers are the device's, but gain and bias (3,), which are read at once.
 // dtype: 0 float32, 1 float16, 2 bfloat16. Returns 0 or a cudaError_t for vlscale_error.
 extern "C" int vlscale_preprocess(int device, const uint8_t* pictures, int64_t bytes, const int64_t* offsets,
-                                  const int64_t* sizes, const double* boxes, const uint8_t* flips, int64_t batch,
-                                  int size, const float* gain, const float* bias, int cubic, int dtype, void* out,
+                                  const int64_t* sizes, const double* boxes, const uint8_t* flips, const float* colours,
+                                  int64_t batch, int size, const float* gain, const float* bias, int cubic, int dtype, void* out,
                                   void* stream) {
   using namespace vlscale;
   const cudaError_t chosen = cudaSetDevice(device);
   if (chosen != cudaSuccess) return chosen;
-  Job job = {pictures, bytes, offsets, sizes, boxes, flips, batch, size, {}, {}};
+  Job job = {pictures, bytes, offsets, sizes, boxes, flips, colours, batch, size, {}, {}};
   for (int colour = 0; colour < 3; ++colour) {
     job.gain[colour] = gain[colour];
     job.bias[colour] = bias[colour];

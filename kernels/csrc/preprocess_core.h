@@ -1,6 +1,7 @@
 // Packed uint8 pictures to a normalised batch: the program of one thread block, for a GPU and, word for word, for a CPU.
 //
-//   out[b, c, i, j] = (clamp(sum_y sum_x wy(i, y) wx(j, x) picture_b[y, x, c], 0, 255) / 255 - mean_c) / std_c
+//   r[b, c, i, j] = clamp(sum_y sum_x wy(i, y) wx(j, x) picture_b[y, x, c], 0, 255)
+//   out[b, c, i, j] = (clamp(sum_k M_b[c, k] r[b, k, i, j] + t_b[c], 0, 255) / 255 - mean_c) / std_c
 //   w(i, y) = f((y + 1/2 - centre_i) / stretch) / sum of the same,  centre_i = start + (i + 1/2) scale,
 //   scale = box side / S, stretch = max(scale, 1); f is the triangle, or Keys' cubic with a = -1/2 (as Pillow and torch).
 //
@@ -38,6 +39,7 @@ struct Job {
   const int64_t* sizes;    // (B, 2) height, width
   const double* boxes;     // (B, 4) left, top, width, height
   const uint8_t* flips;    // (B,) nonzero: mirrored left to right
+  const float* colours;    // (B, 3, 4) M | t, or null: as they are
   int64_t batch;
   int size;
   float gain[3];  // 1 / (255 std)
@@ -115,6 +117,13 @@ VLSCALE_BOTH bool fits(double start, double length, int pixels) {
 VLSCALE_BOTH int64_t blocks_down(int size) { return (size + kRows - 1) / kRows; }
 VLSCALE_BOTH int64_t blocks_across(int size) { return (size + kThreads - 1) / kThreads; }
 
+// Whether the picture's twelve numbers are finite: what is not, times 0, is not 0.
+VLSCALE_BOTH bool finite(const float* map) {
+  float sum = 0.0f;
+  for (int place = 0; place < 12; ++place) sum += 0.0f * map[place];
+  return sum == 0.0f;
+}
+
 // What block number `index` works on. A picture whose description is wrong is not valid: nothing of it is read.
 VLSCALE_BOTH Task find_task(const Job& job, int64_t index) {
   const int64_t across = blocks_across(job.size), down = blocks_down(job.size);
@@ -136,7 +145,8 @@ VLSCALE_BOTH Task find_task(const Job& job, int64_t index) {
   const int64_t most = 1 << 30;
   task.valid = height >= 1 && width >= 1 && height < most && width < most && offset >= 0 && offset <= job.bytes &&
                3 * height * width <= job.bytes - offset && fits(box[0], box[2], task.width) &&
-               fits(box[1], box[3], task.height);
+               fits(box[1], box[3], task.height) &&
+               (!job.colours || finite(job.colours + 12 * task.picture));
   return task;
 }
 
@@ -201,16 +211,25 @@ VLSCALE_BOTH void add_lines(const Task& task, const Block& block, int y, Thread&
         own.sums[row][colour] += block.weights[line][row] * lines[line][colour];
 }
 
+VLSCALE_BOTH float clip(float level) { return fminf(fmaxf(level, 0.0f), 255.0f); }
+
 template <typename Store>
 VLSCALE_BOTH void store_outputs(const Job& job, const Task& task, int thread, const Thread& own, const Store& store) {
   const int column = task.column + thread;
   if (column >= job.size) return;
-  for (int row = 0; row < kRows && task.row + row < job.size; ++row)
+  const float* map = job.colours ? job.colours + 12 * task.picture : nullptr;
+  for (int row = 0; row < kRows && task.row + row < job.size; ++row) {
+    const float red = clip(own.sums[row][0]), green = clip(own.sums[row][1]), blue = clip(own.sums[row][2]);
     for (int colour = 0; colour < 3; ++colour) {
-      const float value = fminf(fmaxf(own.sums[row][colour], 0.0f), 255.0f);
+      float value = clip(own.sums[row][colour]);
+      if (map) {
+        const float* line = map + 4 * colour;
+        value = clip(line[0] * red + line[1] * green + line[2] * blue + line[3]);
+      }
       const int64_t place = ((3 * task.picture + colour) * job.size + task.row + row) * job.size + column;
       store(place, task.valid ? value * job.gain[colour] + job.bias[colour] : NAN);
     }
+  }
 }
 
 }  // namespace vlscale

@@ -33,12 +33,12 @@ void run_block(const Job& job, int64_t index, const StoreFloat& store) {
 }  // namespace vlscale
 
 extern "C" int vlscale_preprocess(int, const uint8_t* pictures, int64_t bytes, const int64_t* offsets,
-                                  const int64_t* sizes, const double* boxes, const uint8_t* flips, int64_t batch,
-                                  int size, const float* gain, const float* bias, int cubic, int dtype, void* out,
+                                  const int64_t* sizes, const double* boxes, const uint8_t* flips, const float* colours,
+                                  int64_t batch, int size, const float* gain, const float* bias, int cubic, int dtype, void* out,
                                   void*) {
   using namespace vlscale;
   if (dtype != 0) return 1;
-  Job job = {pictures, bytes, offsets, sizes, boxes, flips, batch, size, {}, {}};
+  Job job = {pictures, bytes, offsets, sizes, boxes, flips, colours, batch, size, {}, {}};
   for (int colour = 0; colour < 3; ++colour) {
     job.gain[colour] = gain[colour];
     job.bias[colour] = bias[colour];

@@ -39,6 +39,7 @@ BOXES = torch.tensor(
     ]
 )
 FLIPS = torch.tensor([False, True, True, False, True, True])
+COLOURS = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.5, 0.5, 0.5, 60])
 
 
 def plain(levels: Tensor) -> Tensor:
@@ -103,6 +104,22 @@ def test_pictures_of_the_model_s_size_are_only_normalised():
         torch.testing.assert_close(run(*p.pack_pictures([source]), resample=resample), expected, rtol=0, atol=1e-6)
 
 
+def test_colours_are_mapped_after_the_resize_and_cut_off_before_and_after():
+    source = torch.tensor([[[0, 128, 255], [255, 0, 10]]], dtype=torch.uint8).expand(2, 2, 3)
+    flat = p.pack_pictures([source, source])
+    swap = torch.tensor([[0.0, 0, 1, 20], [1, 0, 0, -5], [0, 0.5, 0, 0]])
+    got = levels(run(*flat, None, None, torch.stack([swap, 2 * swap]), size=2))
+    once = torch.tensor([[[275, 30], [-5, 250], [64, 0]]], dtype=torch.float64).expand(2, 3, 2).clone()
+    for place, factor in ((0, 1), (1, 2)):
+        expected = (factor * once[0]).clamp(0, 255)[:, None].expand(3, 2, 2)
+        torch.testing.assert_close(got[place], expected, rtol=0, atol=1e-3)
+
+
+def test_the_map_that_changes_nothing_changes_nothing():
+    same = torch.eye(3, 4).expand(6, 3, 4)
+    torch.testing.assert_close(run(*PACKED, BOXES, FLIPS, same), run(*PACKED, BOXES, FLIPS), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_types_are_the_rounded_result(dtype):
     assert torch.equal(run(*PACKED, dtype=dtype), run(*PACKED).to(dtype))
@@ -120,8 +137,8 @@ def host_library(tmp_path_factory):
     return p.load_library(out)
 
 
-def packed(boxes: Tensor, flips: Tensor) -> p.Packed:
-    return p.Packed(*PACKED, boxes.double(), flips)
+def packed(boxes: Tensor, flips: Tensor, colours: Tensor | None = None) -> p.Packed:
+    return p.Packed(*PACKED, boxes.double(), flips, colours)
 
 
 @pytest.fixture
@@ -132,12 +149,13 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("colours", [None, COLOURS], ids=["as they are", "mapped"])
 @pytest.mark.parametrize("resample", MODES)
 @pytest.mark.parametrize("size", [1, 8, 37, 80, 130])
-def test_the_kernel_s_program_is_the_reference(host_library, poisoned, resample, size):
+def test_the_kernel_s_program_is_the_reference(host_library, poisoned, resample, size, colours):
     """Sizes: less than a block, exactly one row of blocks, ragged, two and three blocks across."""
     target = p.Target(size, MEAN, STD, resample, torch.float32)
-    given = packed(BOXES, FLIPS)
+    given = packed(BOXES, FLIPS, colours)
     torch.testing.assert_close(p.launch(host_library, given, target), p.reference(given, target), rtol=0, atol=1e-5)
 
 
@@ -145,7 +163,9 @@ def test_the_kernel_s_program_is_the_reference(host_library, poisoned, resample,
 def test_the_kernel_s_program_shrinks_a_large_picture(host_library, resample):
     """A ratio of 300: windows of up to 1200 taps, far more source rows than a chunk; positions keep their precision."""
     source = picture(2400, 30)
-    given = p.Packed(*p.pack_pictures([source]), torch.tensor([[0.0, 0, 30, 2400]]).double(), torch.tensor([True]))
+    given = p.Packed(
+        *p.pack_pictures([source]), torch.tensor([[0.0, 0, 30, 2400]]).double(), torch.tensor([True]), None
+    )
     target = p.Target(8, MEAN, STD, resample, torch.float32)
     torch.testing.assert_close(p.launch(host_library, given, target), p.reference(given, target), rtol=0, atol=1e-5)
 
@@ -158,19 +178,27 @@ WRONG = {  # of picture 1, 100 x 7: what the launcher cannot see when descriptio
     "box": {"boxes": [3.0, 0, 5, 100]},
     "empty box": {"boxes": [0.0, 0, 0, 100]},
     "NaN box": {"boxes": [float("nan"), 0, 5, 5]},
+    "endless colour": {
+        "colours": COLOURS[1].clone().index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(torch.inf))
+    },
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_description_is_refused_and_harms_no_other_picture(host_library, poisoned, wrong):
-    parts = {"offsets": PACKED[1].clone(), "sizes": PACKED[2].clone(), "boxes": BOXES.double()}
+    parts = {
+        "offsets": PACKED[1].clone(),
+        "sizes": PACKED[2].clone(),
+        "boxes": BOXES.double(),
+        "colours": COLOURS.clone(),
+    }
     for name, value in wrong.items():
-        parts[name][1] = torch.tensor(value)
-    with pytest.raises(ValueError, match=r"(sizes|boxes)\[1\]: expected"):
-        run(PACKED[0], parts["offsets"], parts["sizes"], parts["boxes"], FLIPS)
+        parts[name][1] = torch.as_tensor(value)
+    with pytest.raises(ValueError, match=r"(sizes|boxes|colours)\[1\]: expected"):
+        run(PACKED[0], parts["offsets"], parts["sizes"], parts["boxes"], FLIPS, parts["colours"])
     target = p.Target(16, MEAN, STD, p.BICUBIC, torch.float32)
     got = p.launch(host_library, p.Packed(PACKED[0], **parts, flips=FLIPS), target)
-    right = p.reference(packed(BOXES, FLIPS), target)
+    right = p.reference(packed(BOXES, FLIPS, COLOURS), target)
     assert got[1].isnan().all()
     others = [0, 2, 3, 4, 5]
     torch.testing.assert_close(got[others], right[others], rtol=0, atol=1e-5)
@@ -188,6 +216,7 @@ BAD = {
     r"sizes: expected a tensor \(B, 2\)": {"sizes": PACKED[2].flatten()},
     r"boxes: expected a tensor \(6, 4\) of a floating dtype": {"boxes": BOXES.long()},
     r"flips: expected a tensor \(6\) of bool": {"flips": FLIPS.int()},
+    r"colours: expected a tensor \(6, 3, 4\) of a floating dtype": {"colours": COLOURS[:, :, :3]},
     "size: expected an output side": {"size": 0},
     "mean: expected three finite": {"mean": (0.5, 0.5)},
     "std: expected three positive": {"std": (0.5, 0.5, 0)},
@@ -226,11 +255,12 @@ needs_cuda = pytest.mark.skipif(
 def test_on_a_gpu(poisoned, dtype, resample, size):
     settings = {"size": size, "resample": resample}
     pictures, *rest = PACKED
-    got = run(pictures.cuda(), *rest, BOXES, FLIPS, dtype=dtype, impl="cuda", **settings)
-    expected = run(pictures, *rest, BOXES, FLIPS, **settings)
-    assert got.dtype == dtype
-    precision = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
-    torch.testing.assert_close(got.float().cpu(), expected, rtol=0, atol=precision)
+    for colours in (None, COLOURS):
+        got = run(pictures.cuda(), *rest, BOXES, FLIPS, colours, dtype=dtype, impl="cuda", **settings)
+        expected = run(pictures, *rest, BOXES, FLIPS, colours, **settings)
+        assert got.dtype == dtype
+        precision = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+        torch.testing.assert_close(got.float().cpu(), expected, rtol=0, atol=precision)
 
 
 @needs_cuda

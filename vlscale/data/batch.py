@@ -12,13 +12,14 @@ from vlscale.data.lanes import StreamState
 
 @dataclass(frozen=True)
 class PackedPictures:
-    """Decoded pictures of any sizes, neither resized nor flipped yet: what `preprocess_images` takes."""
+    """Decoded pictures of any sizes, neither resized, flipped nor coloured yet: what `preprocess_images` takes."""
 
     pictures: Tensor  # (bytes,) uint8, one (h, w, 3) after another
     offsets: Tensor  # (B,) int64, where each begins
     sizes: Tensor  # (B, 2) int64, height and width
     boxes: Tensor  # (B, 4) float64, the crop: left, top, width, height
     flips: Tensor  # (B,) bool
+    colours: Tensor | None  # (B, 3, 4) float32, see `colour_map`; None: as they are
 
     @classmethod
     def of(cls, pieces: list[Piece]) -> "PackedPictures":
@@ -30,11 +31,13 @@ class PackedPictures:
             sizes=sizes,
             boxes=torch.tensor([piece.box for piece in pieces], dtype=torch.float64),
             flips=torch.tensor([piece.flip for piece in pieces]),
+            colours=None if pieces[0].colours is None else torch.from_numpy(np.stack([p.colours for p in pieces])),
         )
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        parts = (getattr(self, field.name) for field in fields(self))
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlscale.data import colours
 from vlscale.data.faults import BadSample
 from vlscale.data.keyed import random64
 from vlscale.sections import AugmentConfig
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
-NUM_DRAWS = 8  # uniform numbers that one augmented view takes
+_GEOMETRY_DRAWS = 8
+NUM_DRAWS = _GEOMETRY_DRAWS + colours.NUM_DRAWS  # uniform numbers that one augmented view takes
 _NOISE_TABLE = 1 << 20
 _EXIF_SEARCH = 4096  # bytes; the Exif marker stands first in files that have it
 _ORIENTATION = 0x0112  # Exif tag; 1 is upright
@@ -81,6 +83,7 @@ class Piece(NamedTuple):
     pixels: np.ndarray  # (h, w, 3) uint8, what the crop touches
     box: tuple[float, float, float, float]  # the crop in it: left, top, width, height
     flip: bool
+    colours: np.ndarray | None  # (3, 4) float32, see `colour_map`
 
 
 def normalise(images: "Tensor", spec: ImageSpec) -> "Tensor":
@@ -119,13 +122,14 @@ def decode_train(
 
 
 def decode_piece(data: bytes, spec: ImageSpec, augment: AugmentConfig, max_pixels: int, draws: np.ndarray) -> Piece:
-    """The same view as of `decode_train`, neither resized nor flipped yet. Raises BadSample."""
+    """The same view as of `decode_train`, neither resized, flipped nor coloured yet. Raises BadSample."""
     source, box = _decode_crop(data, spec, augment, max_pixels, draws)
     left, top, width, height = box
     x, y = math.floor(left), math.floor(top)
     pixels = source[y : math.ceil(top + height), x : math.ceil(left + width)]
     inside = (float(left - x), float(top - y), float(width), float(height))
-    return Piece(np.ascontiguousarray(pixels), inside, bool(_is_flipped(augment, draws)))
+    mapped = colours.colour_map(augment, draws[_GEOMETRY_DRAWS:])
+    return Piece(np.ascontiguousarray(pixels), inside, bool(_is_flipped(augment, draws)), mapped)
 
 
 def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -149,7 +153,7 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def perturb(picture: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
-    """Shift, flip and noise on (S, S, 3)."""
+    """Shift, flip, colours and noise on (S, S, 3)."""
     side = picture.shape[0]
     flip = _is_flipped(augment, draws)
     if augment.shift or flip:
@@ -158,6 +162,8 @@ def perturb(picture: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> n
         steps = np.arange(side)
         columns = np.clip(steps + right, 0, side - 1)
         picture = picture[np.clip(steps + down, 0, side - 1)][:, columns[::-1] if flip else columns]
+    if (mapped := colours.colour_map(augment, draws[_GEOMETRY_DRAWS:])) is not None:
+        picture = cv2.transform(picture, mapped)  # rounds, and cuts off at black and white
     if augment.noise:
         start = int(draws[7] * _NOISE_TABLE)
         noise = np.take(_noise_table(), np.arange(start, start + picture.size), mode="wrap")

@@ -14,6 +14,12 @@ class AugmentConfig(Section):
     noise: float = Field(0.0, ge=0, le=1)  # standard deviation of pixel noise, as a fraction of the value range
     crop_scale: float = Field(1.0, gt=0, le=1)  # smallest area of the random crop, as a fraction of the picture
     flip: bool = False
+    # Colours, off as well: captions say red. Factors are drawn from 1 - x to 1 + x.
+    brightness: float = Field(0.0, ge=0, le=1)
+    contrast: float = Field(0.0, ge=0, le=1)  # about mid grey
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5)  # largest turn, as a fraction of the circle
+    grayscale: float = Field(0.0, ge=0, le=1)  # probability that a picture loses its colours
 
 
 class DataConfig(Section):
@@ -32,7 +38,7 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     decode: Literal["fast", "pil", "device"] = "fast"  # how pictures get the model's size: an area resize of what
     # JPEG's DCT scaling leaves; the processor's own, bit for bit; or on the device, by the processor's filter, cropped,
-    # resized, flipped and scaled in one CUDA kernel (elsewhere in torch, slower), so that workers only decode
+    # resized, flipped, coloured and scaled in one CUDA kernel (elsewhere in torch, slower): workers only decode
     max_pixels: int = Field(64_000_000, gt=0)
     lanes: int | None = Field(None, gt=0)  # logical streams; null: largest power of two <= 64 that divides the batch
     window: int = Field(8, gt=0)  # blocks a lane shuffles together
@@ -69,11 +75,12 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_device_only_crops_and_flips(self) -> "DataConfig":
+    def _the_device_neither_shifts_nor_adds_noise(self) -> "DataConfig":
         if self.decode == "device" and (self.augment.shift or self.augment.noise):
             raise ValueError(
-                f"data.decode=device crops and flips, it neither shifts nor adds noise, got data.augment.shift="
-                f"{self.augment.shift}, data.augment.noise={self.augment.noise}; set both to 0 or data.decode=fast"
+                f"data.decode=device crops, flips and colours, it neither shifts nor adds noise, got "
+                f"data.augment.shift={self.augment.shift}, data.augment.noise={self.augment.noise}; "
+                "set both to 0 or data.decode=fast"
             )
         return self
 

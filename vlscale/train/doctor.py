@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from vlscale.data.images import ImageSpec, decode_train
+from vlscale.data.images import NUM_DRAWS, ImageSpec, decode_train
 from vlscale.sections import AugmentConfig
 
 PACKAGES = ("vlscale", "torch", "triton", "deepspeed", "transformers", "webdataset")
@@ -124,7 +124,7 @@ def decoders() -> list[Finding]:
     ramp = np.add.outer(np.arange(PICTURE[0]), np.arange(PICTURE[1]))[..., None] * np.array([1, 2, 3])
     noise = np.random.default_rng(0).integers(0, 16, ramp.shape)
     jpeg = simplejpeg.encode_jpeg((ramp // 8 % 240 + noise).astype(np.uint8), quality=90)
-    spec, draws = ImageSpec(224, (0.5,) * 3, (0.5,) * 3), np.full(8, 0.5)
+    spec, draws = ImageSpec(224, (0.5,) * 3, (0.5,) * 3), np.full(NUM_DRAWS, 0.5)
     found = []
     for mode, what in (("fast", f"simplejpeg {version('simplejpeg')}, cv2 {cv2.__version__}"), ("pil", "Pillow")):
         count, started = 0, time.perf_counter()

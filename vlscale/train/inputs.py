@@ -85,6 +85,7 @@ class Inputs:
             images.sizes,
             images.boxes,
             images.flips,
+            images.colours,
             size=spec.size,
             mean=spec.mean,
             std=spec.std,
