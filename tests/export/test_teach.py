@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,16 @@ def test_training_from_the_cache_sees_the_loss_of_live_teachers(tiny_config, cor
         for part in ("loss", "relation_image", "relation_text"):
             assert ours[part] == pytest.approx(theirs[part], abs=2e-4), part
         assert theirs["relation_image"] > 0.1 < theirs["relation_text"]
+
+
+def test_a_teacher_s_resize_that_the_device_does_not_know_is_refused_at_the_start(tiny_config, teacher, tmp_path):
+    other = shutil.copytree(teacher, tmp_path / "teacher")
+    processor = other / "processor_config.json"
+    processor.write_text(re.sub('"resample": [23]', '"resample": 1', processor.read_text()))  # Lanczos
+    live = [*LIVE, "teacher.source=hf", f"teacher.image={other}", f"teacher.text={other}", "data.decode=device"]
+    with pytest.raises(ValueError, match=r"data\.decode=device.*the image teacher's processor says resample=1"):
+        train_plan(load_plan(tiny_config, live), tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_command_goes_on_and_makes_damaged_files_again(corpus, teacher, cache, own_cache, caplog):

@@ -38,10 +38,10 @@ class Inputs:
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
         self._dtype = dtype  # of the towers, and of cached rows, as the teachers' own would be
         self._last: tuple[Batch, TeacherEmbeddings] | None = None
-        self._teacher_spec = spec
+        self.teacher_spec = spec
         self._teacher_tokenizer = None  # None: the student's token ids serve
         if teachers is not None and teachers.image.source is not None:
-            self._teacher_spec = ImageSpec.from_processor(AutoImageProcessor.from_pretrained(teachers.image.source))
+            self.teacher_spec = ImageSpec.from_processor(AutoImageProcessor.from_pretrained(teachers.image.source))
         if teachers is not None and teachers.text.source is not None:
             own = AutoTokenizer.from_pretrained(teachers.text.source)
             self._teacher_tokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
@@ -96,15 +96,15 @@ class Inputs:
     def _image_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
         def encode(images: torch.Tensor) -> torch.Tensor:
             if images.dtype == torch.uint8:
-                size = self._teacher_spec.size
+                size = self.teacher_spec.size
                 if size != self.spec.size:
-                    mode = "bilinear" if self._teacher_spec.resample == 2 else "bicubic"
+                    mode = "bilinear" if self.teacher_spec.resample == 2 else "bicubic"
                     resized = F.interpolate(images.float(), size=(size, size), mode=mode, antialias=True)
                     images = resized.round().clamp(0, 255).to(torch.uint8)
-                images = normalise(images, self._teacher_spec)
+                images = normalise(images, self.teacher_spec)
             return teacher(pixel_values=images)
 
-        return in_chunks(encode, self.chunk_size, self._pixels(batch.images, self._teacher_spec))
+        return in_chunks(encode, self.chunk_size, self._pixels(batch.images, self.teacher_spec))
 
     def _text_rows(self, teacher: Teacher, batch: Batch) -> torch.Tensor:
         ids, mask = batch.input_ids, batch.attention_mask

@@ -150,11 +150,8 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         checkpoint_blocks(model)
     processor = _image_processor(config, model)
     spec = ImageSpec.from_processor(processor)
-    if config.data.decode == "device" and spec.resample not in (2, 3):
-        raise ValueError(
-            f"data.decode=device resizes bilinearly or bicubically, and the image processor says resample="
-            f"{spec.resample}; expected 2 or 3 there, or data.decode=pil"
-        )
+    if config.data.decode == "device":
+        _check_resample(spec, "the image processor")
     model.normalise = partial(normalise, spec=spec)
     teachers = None
     if config.objective.needs_teachers:
@@ -185,8 +182,18 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         words,
         config.train.chunk_size,
     )
+    if config.data.decode == "device":
+        _check_resample(inputs.teacher_spec, "the image teacher's processor")
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
     return Parts(tokenizer, processor, spec, model, teachers, inputs)
+
+
+def _check_resample(spec: ImageSpec, whose: str) -> None:
+    if spec.resample not in (2, 3):
+        raise ValueError(
+            f"data.decode=device resizes bilinearly or bicubically, and {whose} says resample={spec.resample}; "
+            "expected 2 or 3 there, or data.decode=pil"
+        )
 
 
 def _teacher_widths(config: Config, teachers: Teachers | None) -> tuple[int, int]:
