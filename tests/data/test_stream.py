@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlscale.data.batch import PackedPictures
 from vlscale.data.keyed import hash64
 from vlscale.data.lanes import LANE_STATE, BlockTable, SourceLane, choose_lanes, merge_states
 from vlscale.data.samples import read_samples
@@ -367,3 +368,30 @@ def test_batches_hold_the_tokens_of_their_captions(run_stream, tokenizer):
     ids, mask, cut = tokenise_and_count(tokenizer, batch.captions, 14)
     assert torch.equal(batch.input_ids, ids) and torch.equal(batch.attention_mask, mask)
     assert batch.truncated == cut > 0 and batch.second_input_ids.shape[0] == 64
+
+
+@pytest.mark.parametrize("decode", ["fast", "device"])
+def test_batches_for_a_gpu_are_made_in_page_locked_memory(run_stream, corpus, make_config, monkeypatch, decode):
+    """What is page-locked is noted, where there is no GPU to lock it for; one is asked whether it is."""
+    data, locked, chosen = make_config(corpus, decode=decode, augment=AugmentConfig()), [], []
+    expected = run_stream(2, data=data, second_view=True)[0]
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self.clone()) or locked[-1])
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    device = torch.device("cuda", 0)
+    made = run_stream(2, data=data, second_view=True, device=device)[0]
+    for (batch,), (plain,) in zip(made, expected, strict=True):
+        for ours, theirs in zip(tensors_of(batch), tensors_of(plain), strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.is_pinned() if torch.cuda.is_available() else any(ours is tensor for tensor in locked)
+    assert torch.cuda.is_available() or chosen == [device]
+
+
+def tensors_of(holder) -> list[torch.Tensor]:
+    found = []
+    for value in vars(holder).values():
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, PackedPictures):
+            found += tensors_of(value)
+    return found

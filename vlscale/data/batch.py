@@ -1,6 +1,6 @@
 """What one rank trains on in one step. B pairs of this rank, H = W the model's picture size, L tokens."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -59,3 +59,17 @@ class Batch:
     teacher_image: Tensor | None = None  # (B, D_image) float32 unit rows of a teacher cache, of the picture unaugmented
     teacher_text: Tensor | None = None  # (B, D_text), of the caption that trains
     truncated: int = 0  # captions of this batch that were longer than the model takes, and were cut
+
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory, from where copies to a GPU do not keep the host waiting."""
+        return _pinned(self)
+
+
+def _pinned(holder: Batch | PackedPictures) -> Batch | PackedPictures:
+    changed = {}
+    for name, value in vars(holder).items():
+        if isinstance(value, PackedPictures):
+            changed[name] = _pinned(value)
+        elif isinstance(value, Tensor):
+            changed[name] = value.pin_memory()
+    return replace(holder, **changed)

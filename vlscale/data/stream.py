@@ -35,6 +35,7 @@ class TrainStream:
 
     A state may hold more lanes than this rank's (`merge_states` of all ranks), so a run goes on at any world size that
     divides the lanes. `teacher_cache`: a folder of `vlscale data teach`, whose rows join the batches by sample key.
+    `device`: where batches go; for a GPU they are made in page-locked memory.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class TrainStream:
         second_caption: bool = False,
         max_length: int | None = None,
         teacher_cache: str | None = None,
+        device: torch.device | None = None,
     ):
+        self.device = device or torch.device("cpu")
         self.data, self.spec, self.tokenizer = data, spec, tokenizer
         self.max_length = max_length or min(tokenizer.model_max_length, _LONGEST)
         lanes = choose_lanes(global_batch_size, world_size, data.lanes)
@@ -109,6 +112,8 @@ class TrainStream:
     def _make(self, state: StreamState, made: Ahead) -> None:
         """Runs in the thread: batches, or the exception that ended it, into `made`."""
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a thread begins on the first one
             job = LoaderJob(
                 self.manifest, self.data, self.spec, self.views,
                 lanes=state.lanes, seed=state.seed, first=state.first, states=state.rows, weights=state.weights,
@@ -122,6 +127,7 @@ class TrainStream:
                     part = loader.next()
                     state = replace(state, samples=state.samples + self.global_batch_size, rows=part.states)
                     batch = self._batch(part, state)
+                    batch = batch.pinned() if self.device.type == "cuda" else batch
                     wanted = made.put(batch, _size(batch))
             finally:
                 loader.close()

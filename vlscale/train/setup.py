@@ -94,6 +94,7 @@ def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState 
         second_caption=config.objective.caption_weight > 0,
         teacher_cache=config.teacher_cache,
         state=state,
+        device=ranks.device,
     )
     return AgreedStream(stream, ranks) if config.data.unreadable_shards == "quarantine" else stream
 
