@@ -37,7 +37,11 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
     """Endpoints by method, and `teachers` themselves."""
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    data = _emoji(job) if job["level"].get("recipe") == "emoji" else _scenes(job, folder / "data")
+    data = (
+        split_emoji(job["emoji"], job["seed"])
+        if job["level"].get("recipe") == "emoji"
+        else _scenes(job, folder / "data")
+    )
     plan = folder / "plan.yaml"
     plan.write_text(yaml.safe_dump(_plan(job, data["train"]), sort_keys=False))  # stages stand in order
     train_plan(load_plan(plan), folder / "runs", resume=True)
@@ -86,10 +90,10 @@ def _scenes(job: dict, folder: Path) -> dict[str, list[str]]:
     }
 
 
-def _emoji(job: dict) -> dict[str, list[str]]:
+def split_emoji(folder: str | Path, seed: int) -> dict[str, list[str]]:
     """All shards in an order drawn from the seed: the first ones test, the next ones validate, the rest train."""
-    shards = sorted(glob(f"{job['emoji']}/*.tar"))
-    random.Random(job["seed"]).shuffle(shards)
+    shards = sorted(glob(f"{folder}/*.tar"))
+    random.Random(seed).shuffle(shards)
     return {
         "test": shards[:HELD_OUT_SHARDS],
         "val": shards[HELD_OUT_SHARDS : 2 * HELD_OUT_SHARDS],
