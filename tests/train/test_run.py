@@ -4,6 +4,7 @@ The runs share one undisturbed run of the same recipe; a second process is start
 """
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ def test_a_resize_that_the_device_does_not_know_is_refused(tiny_config, tmp_path
 
 def test_a_run_leaves_config_metrics_checkpoints_and_model(undisturbed):
     found = {path.name for path in undisturbed.iterdir()}
-    assert found == {"config.yaml", "metrics.jsonl", "checkpoints", "final", "tokenizer"}
+    assert found == {"config.yaml", "data.json", "metrics.jsonl", "checkpoints", "final", "tokenizer"}
     lines = read_metrics(undisturbed / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert set(lines[0]) >= {
@@ -278,3 +279,18 @@ def test_resume_on_changed_shards_is_refused(capsys, undisturbed, tiny_config, c
         capsys, "train", str(tiny_config), "--out", str(out), "--resume", f"data.train={corpus}/train-00000[01].tar"
     )
     assert "the shards (their manifest) changed" in said and not (out / "final").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_start_anew_on_other_shards(
+    capsys, undisturbed, tiny_config, corpus, tmp_path
+):
+    out, given = tmp_path / "run", f"data.train={corpus}/train-00000[01].tar"
+    shutil.copytree(undisturbed, out)
+    for name in ("final", "checkpoints"):
+        shutil.rmtree(out / name)
+    before = (out / "metrics.jsonl").read_bytes()
+    said = refused(capsys, "train", str(tiny_config), "--out", str(out), "--resume", given)
+    assert re.search(r"began with \d shards and \d+ samples, this run has 2 and \d+; put them back", said)
+    assert (out / "metrics.jsonl").read_bytes() == before and not (out / "checkpoints").exists()
+    main_returns(["train", str(tiny_config), "--out", str(out), "--resume", given, "data.changed_shards=next_epoch"])
+    assert json.loads((out / "data.json").read_text())["shards"] == 2 and (out / "final").is_dir()

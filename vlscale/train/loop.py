@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from vlscale.data.batch import Batch
+from vlscale.data.manifest import Manifest
 from vlscale.data.samples import check_caption_field, open_corpus
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
@@ -63,6 +64,7 @@ class Opened:
     engine: Engine
     checkpoints: Checkpoints
     restored: Restored | None
+    manifest: Manifest
     batches: Iterator[Batch]
 
     @property
@@ -97,9 +99,10 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     try:
         restored = checkpoints.load(before)
         stream = build_stream(config, parts, ranks, restored and restored.stream_state)
-        check_same_data(stream.manifest.hash, ranks)
+        new = restored is None and config.data.changed_shards == "refuse"
+        check_same_data(stream.manifest, folder if new else None, ranks)
         with closing(iter(stream)) as batches:
-            yield Opened(job, parts, engine, checkpoints, restored, batches)
+            yield Opened(job, parts, engine, checkpoints, restored, stream.manifest, batches)
     finally:
         checkpoints.close()
         engine.close()
@@ -124,7 +127,7 @@ def train_run(job: Job, *, resume: bool) -> None:
         try:
             with written_by_first(folder, ranks):
                 if ranks.first:
-                    claim_folder(folder, config, run.parts.tokenizer, Ranks())
+                    claim_folder(folder, config, run.parts.tokenizer, run.manifest)
             _steps(run, chain([first], run.batches), watchdog)
             watchdog.enter("saving after the last", config.train.max_steps)
             run.save_model(folder / "final")

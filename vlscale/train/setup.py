@@ -1,5 +1,6 @@
 """Everything that a run needs before its first step: folder, tokenizer, image processor, model, teachers, stream."""
 
+import json
 import os
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from vlscale.config import dump
 from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.lanes import StreamState
+from vlscale.data.manifest import Manifest
 from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream
 from vlscale.data.teacher_cache import read_header
@@ -35,6 +37,7 @@ from vlscale.train.cached_teachers import check_teacher_cache
 from vlscale.train.inputs import Inputs
 
 TOKENIZER = "tokenizer"  # folder in a run
+CORPUS = "data.json"  # likewise a file: what it is trained on
 TOKENIZER_SAMPLES = 100_000  # captions that a new tokenizer learns from: enough for any vocabulary that it may have
 
 
@@ -48,16 +51,16 @@ class Parts:
     inputs: Inputs
 
 
-def claim_folder(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
-    """Rank 0 makes the run's folder, once all that can be wrong has been found right: first the tokenizer, and last the
-    resolved `config.yaml`, which is what makes it a run."""
-    if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(folder / TOKENIZER)
-        partial = folder / ".config.yaml.partial"
-        partial.write_text(dump(config))
-        os.replace(partial, folder / "config.yaml")
-    ranks.barrier()
+def claim_folder(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> None:
+    """Makes the run's folder, once all that can be wrong has been found right: first the tokenizer and what is trained
+    on, and last the resolved `config.yaml`, which is what makes it a run. One rank does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    corpus = {"manifest": manifest.hash, "shards": len(manifest.urls), "samples": manifest.num_samples}
+    for name, text in ((CORPUS, json.dumps(corpus) + "\n"), ("config.yaml", dump(config))):
+        partial = folder / f".{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, folder / name)
 
 
 def check_sizes(config: Config) -> None:
@@ -122,15 +125,31 @@ def check_teachers(parts: Parts, batch: Batch, ranks: Ranks) -> None:
         raise ValueError(said[0])
 
 
-def check_same_data(manifest_hash: str, ranks: Ranks) -> None:
-    """Every rank must see the same shards, or the global batches would not be what the seed says."""
-    hashes = ranks.gather_objects(manifest_hash)
+def check_same_data(manifest: Manifest, begun: Path | None, ranks: Ranks) -> None:
+    """Every rank must see the same shards, or the global batches would not be what the seed says; and so must a run
+    that starts anew in a folder in which it had `begun`. A checkpoint knows its own."""
+    hashes = ranks.gather_objects(manifest.hash)
     other = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
     if other:
         raise ValueError(
             f"data.train: rank {', '.join(map(str, other))} see other shards than rank 0: manifest {hashes[other[0]]}, "
             f"expected {hashes[0]}; give every machine the same files"
         )
+    before = ranks.gather_objects(_corpus_of(begun) if ranks.first and begun else None)[0]
+    if before and before["manifest"] != manifest.hash:
+        raise ValueError(
+            f"cannot resume: the shards (their manifest) changed, {begun} began with {before['shards']} shards and "
+            f"{before['samples']} samples, this run has {len(manifest.urls)} and {manifest.num_samples}; put them "
+            "back, start a new run in another folder, or set data.changed_shards=next_epoch"
+        )
+
+
+def _corpus_of(folder: Path) -> dict | None:
+    """None where there is no run yet, or what it says of itself was lost with the power."""
+    try:
+        return json.loads((folder / CORPUS).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
