@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tests.train.test_plan import backward, build_model, config_of, measured_peak
+from tests.train.test_plan import FUSION, backward, build_model, config_of, measured_peak
 from vlscale.distributed import count_traffic
 from vlscale.train.engine import Engine, start_ranks
 
@@ -15,6 +15,8 @@ RUNS = {
     "zero3": ["engine.zero_stage=3"],
     "ring": ["engine.zero_stage=2", "engine.comm=ring"],
     "bf16": ["engine.zero_stage=2", "engine.dtype=bf16"],
+    "fusion": ["engine.zero_stage=2", FUSION],
+    "fusion by chunks": ["engine.zero_stage=2", FUSION, "objective.mlm_weight=1", "train.chunk_size=16"],
     "losses": ["engine.zero_stage=2", "train.accumulate_losses=2"],
 }
 

@@ -100,7 +100,7 @@ def fuse_pairs(encoder: Encoder, own: Pairs, fusing: Fusing, scale: torch.Tensor
         given += [others.pictures(own[0]), others.captions(own[1]), others.captions(own[2])]
     chunks = zip(*(rows.split(chunk_size) for rows in given), strict=True)
     masked = repeat(None) if fusing.masked is None else fusing.masked.chunks(chunk_size)
-    made = [checkpointed(_by_itself, encoder, part, *chunk) for chunk, part in zip(chunks, masked, strict=False)]
+    made = [checkpointed(fuse_chunk, encoder, part, *chunk) for chunk, part in zip(chunks, masked, strict=False)]
     image, text, fused = zip(*made, strict=True)
     return torch.cat(image), torch.cat(text), _join(fused)
 
@@ -125,7 +125,7 @@ def _at_once(encoder: Encoder, own: Pairs, fusing: Fusing, scale: torch.Tensor) 
     pictures, captions = [vision], [(tokens[:count], mask)]
     if others is not None:
         with torch.no_grad():
-            others.choose(*encoder.embeddings(image, text[:count]), scale)
+            others.choose(*encoder.embeddings(image.detach(), text[:count].detach()), scale)
         pictures.append(others.pictures(vision))
         captions.append((others.captions(tokens[:count]), others.captions(mask)))
     if masked is not None:
@@ -133,8 +133,8 @@ def _at_once(encoder: Encoder, own: Pairs, fusing: Fusing, scale: torch.Tensor) 
     return image, text[:count], _fuse(encoder, pictures, captions, masked)
 
 
-def _by_itself(encoder: Encoder, masked: Masked | None, *rows: torch.Tensor) -> Made:
-    """Of a chunk: its own pairs, and behind them the inputs of its negatives."""
+def fuse_chunk(encoder: Encoder, masked: Masked | None, *rows: torch.Tensor) -> Made:
+    """`rows`: of a chunk's own pairs, and behind them the inputs of its negatives."""
     count = len(rows[0])
     image, vision = encoder.vision_rows(torch.cat(rows[::3]))
     mask = torch.cat(rows[2::3])

@@ -57,30 +57,33 @@ def build_fusion(
     fusion: FusionConfig, text_model: PreTrainedModel, vision_width: int, dropout: float | None = None
 ) -> FusionEncoder:
     """As `model.fusion` says. With `source: text`, the layers are taken off `text_model`."""
-    text_width = text_model.config.hidden_size
-    if fusion.config is not None:
-        base = _config_from(fusion.config)
-        return FusionEncoder(fusion_config(base, base.num_hidden_layers, text_width, vision_width, dropout))
-    own = fusion.source == "text"
-    source = text_model if own else load_tower("text", fusion.source)
-    key = "model.text" if own else f"model.fusion.source={fusion.source}"
-    count = upper_layers(source.config, fusion.layers, key)
-    encoder = FusionEncoder(fusion_config(source.config, count, text_width, vision_width, dropout))
-    for layer, upper in zip(encoder.layers, source.encoder.layer[-count:], strict=True):
-        layer.load_state_dict(upper.state_dict(), strict=False)
-    if own:
-        del text_model.encoder.layer[-count:]
-        text_model.config.num_hidden_layers -= count
+    text_width, source = text_model.config.hidden_size, None
+    if fusion.config is None:
+        source = text_model if fusion.source == "text" else load_tower("text", fusion.source)
+    encoder = FusionEncoder(config_for(fusion, source and source.config, text_width, vision_width, dropout))
+    if source is not None:
+        count = len(encoder.layers)
+        for layer, upper in zip(encoder.layers, source.encoder.layer[-count:], strict=True):
+            layer.load_state_dict(upper.state_dict(), strict=False)
+        if source is text_model:
+            del text_model.encoder.layer[-count:]
+            text_model.config.num_hidden_layers -= count
     return encoder
 
 
-def fusion_config(
-    base: PretrainedConfig, layers: int, text_width: int, vision_width: int, dropout: float | None = None
+def config_for(
+    fusion: FusionConfig, source: PretrainedConfig | None, text_width: int, vision_width: int, dropout: float | None
 ) -> PretrainedConfig:
-    """The config of `layers` fusion layers like those of a BERT-like `base`."""
-    config = copy.deepcopy(base)
+    """The fusion encoder's, where `model.fusion` takes its layers from a model of config `source`, or from none."""
+    if fusion.config is not None:
+        source = _config_from(fusion.config)
+        count = source.num_hidden_layers
+    else:
+        key = "model.text" if fusion.source == "text" else f"model.fusion.source={fusion.source}"
+        count = upper_layers(source, fusion.layers, key)
+    config = copy.deepcopy(source)
     set_dropout(config, dropout)
-    own = {"num_hidden_layers": layers, "is_decoder": True, "add_cross_attention": True}
+    own = {"num_hidden_layers": count, "is_decoder": True, "add_cross_attention": True}
     config.update(own | _NO_WORDS | {"text_width": text_width, "vision_width": vision_width})
     return config
 

@@ -19,12 +19,13 @@ from vlscale.distributed.blocks import choose_comm
 from vlscale.models.dual_encoder import final_folder
 from vlscale.sections import Config, ModelConfig
 from vlscale.train.deepspeed_json import json_for_deepspeed
-from vlscale.train.memory_plan_trace import TowerCost, picture_side, trace_towers
+from vlscale.train.memory_plan_trace import FusedCost, TowerCost, picture_side, trace_fused, trace_towers
 
 MASTER = 4  # bytes of a master weight, of a moment, and of a gradient inside a loss
 BUCKET = 500_000_000  # numbers: DeepSpeed's default reduce_bucket_size
 LIVE = 1_000_000_000  # numbers: DeepSpeed's default stage3_max_live_parameters
 IDS = 20  # bytes of a pair's id, and of its sums over positives
+PLACE = 8  # bytes of a place in the global batch
 WAVE_BYTES = 1 << 30  # the Triton losses' at their largest
 
 
@@ -40,6 +41,32 @@ class Run:
     teacher_widths: dict[str, int]
     side: int  # of a picture, in pixels
     zero: dict[str, Any]  # DeepSpeed's `zero_optimization`
+    fused: FusedCost | None = None  # where the model has a fusion encoder: of the rows of one chunk
+
+    @property
+    def fuses(self) -> bool:
+        return self.fused is not None and self.config.objective.fuses
+
+    @property
+    def parts(self) -> list[TowerCost]:
+        """What the parameters are in."""
+        return [*self.towers.values(), *([self.fused] if self.fused else [])]
+
+    @property
+    def once(self) -> "Once":
+        """Of a forward and backward over the rows that are seen at once, one tower after the other."""
+        if self.fuses:
+            return Once(self.fused.saved, self.fused.peak, self.fused.peak_with_gradients)
+        vision, text = self.towers["vision"], self.towers["text"]
+        if self.chunked:
+            return Once(0, max(vision.peak, text.peak), 0)
+        return Once(
+            saved=vision.saved + text.saved,
+            peak=max(vision.peak, vision.saved + text.peak),
+            peak_with_gradients=max(
+                vision.saved + text.peak_with_gradients, text.learned * self.size + vision.peak_with_gradients
+            ),
+        )
 
     @property
     def local(self) -> int:
@@ -67,11 +94,11 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        return sum(tower.parameters for tower in self.towers.values())
+        return sum(part.parameters for part in self.parts)
 
     @property
     def learned(self) -> int:
-        return sum(tower.learned for tower in self.towers.values())
+        return sum(part.learned for part in self.parts)
 
     @property
     def losses(self) -> int:
@@ -106,6 +133,15 @@ class Run:
         width, everyone = self.config.model.embed_dim, self.config.train.global_batch_size
         comm = choose_comm(self.config.engine.comm, (self.size + MASTER) * everyone * width, relation=False)
         return "gather" if comm == "gather" else "ring"
+
+
+@dataclass(frozen=True)
+class Once:
+    """Bytes of activations."""
+
+    saved: int
+    peak: int
+    peak_with_gradients: int
 
 
 @dataclass(frozen=True)
@@ -171,8 +207,6 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
         notes.append("the cached teachers are counted as wide as the student")
     if config.meta.mode == "heads":
         notes.append("meta.mode=heads: what differentiating the contrast twice adds to the losses is not counted")
-    if config.model.fusion is not None:
-        notes.append("the fusion encoder, and what towers do for it, are not counted: only the dual encoder is")
     if config.data.decode == "device":
         notes.append("data.decode=device: the decoded pictures, of any sizes, are not counted")
     if config.objective.name == "rvlr":
@@ -210,10 +244,11 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
         teacher = _teacher_config(config, plan)
         teachers = trace_towers(teacher, dict.fromkeys(rows, whole.at_once), learning=False)
     widths = {name: tower.width for name, tower in teachers.items()}
-    towers = trace_towers(config, rows)
-    learned = sum(tower.learned for tower in towers.values())
-    zero = json_for_deepspeed(config, world, learned)["zero_optimization"]
-    return replace(whole, towers=towers, forwards=forwards, teachers=teachers, teacher_widths=widths, zero=zero)
+    towers, fused = trace_towers(config, rows), None
+    if config.model.fusion is not None:
+        fused = trace_fused(config, rows, whole.at_once, chunk=whole.at_once < whole.local)
+    whole = replace(whole, towers=towers, forwards=forwards, teachers=teachers, teacher_widths=widths, fused=fused)
+    return replace(whole, zero=json_for_deepspeed(config, world, whole.learned)["zero_optimization"])
 
 
 def _teacher_config(config: Config, plan: list[PlannedRun]) -> Config:
@@ -276,16 +311,14 @@ def _passing(run: Run) -> dict[str, int]:
 def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     """Bytes at the three moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
     they are, while activations become fewer. Those of an update's earlier losses are there all the while."""
-    stage, vision, text = run.stage, run.towers["vision"], run.towers["text"]
+    stage, once = run.stage, run.once
     update = always + passing["inputs"]
     always = update + passing.get("meta step", 0)
     gradients, activations = passing.get("gradients", 0), passing["activations"]
     if not run.chunked:
-        waiting = (run.passes.at_once - 1) * (vision.saved + text.saved)
-        backward = max(activations, waiting + vision.saved + text.saved + passing["loss"])
-        with_gradients = waiting + max(
-            vision.saved + text.peak_with_gradients, text.learned * run.size + vision.peak_with_gradients
-        )
+        waiting = (run.passes.at_once - 1) * once.saved
+        backward = max(activations, waiting + once.saved + passing["loss"])
+        with_gradients = waiting + once.peak_with_gradients
     else:
         backward = activations + passing["loss"]
         with_gradients = activations + gradients
@@ -296,7 +329,7 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
     if run.losses > 1:
         backward = max(backward, sum(passing.values()) - passing["inputs"] - passing.get("meta step", 0))
     flat = run.learned * MASTER // run.sharded  # gradients in one piece, for the optimizer or the reduction
-    largest = max(tower.largest for tower in run.towers.values())
+    largest = max(part.largest for part in run.parts)
     scratch = 2 * MASTER * (run.learned // run.sharded if stage else largest)
     if run.offloads("offload_optimizer"):
         flat = scratch = 0
@@ -323,13 +356,13 @@ def _input_bytes(run: Run) -> int:
 
 def _activation_bytes(run: Run) -> int:
     """Unchunked, the vision tower's wait while the text tower goes forward and back; by chunks, one tower's at a time,
-    beside the embeddings of all rows, their copies in one piece and their gradients."""
-    vision, text = run.towers["vision"], run.towers["text"]
+    beside the embeddings of all rows, their copies in one piece and their gradients. With a fusion encoder both towers'
+    wait for it, and by chunks the negatives of all pairs too."""
     if not run.chunked:
-        waiting = (run.passes.at_once - 1) * (vision.saved + text.saved)
-        return waiting + max(vision.peak, vision.saved + text.peak)
+        return (run.passes.at_once - 1) * run.once.saved + run.once.peak
     embeddings = sum(run.rows.values()) * run.config.model.embed_dim * run.size
-    return 3 * run.passes.at_once * embeddings + max(vision.peak, text.peak)
+    negatives = run.local * run.fused.there if run.fuses else 0
+    return 3 * run.passes.at_once * embeddings + negatives + run.once.peak
 
 
 def _terms(run: Run) -> tuple[int, list[int]]:
@@ -366,6 +399,8 @@ def traffic(run: Run) -> dict[str, int]:
     (W-1) b (2 D e + 4) + N (4 D + 4), columns in both passes, gradients and sums all the way round; and IDS of a pair
     for pair ids. Relations: (W-1)/W N (e (D + D_teacher) + 8), which a half ring does not change much. Gradients and
     weights: (W-1)/W of them for each time that they travel; a meta step's own gradients go to all, in float32.
+    Hard negatives: (W-1)/W N (2 D e + 32) to choose them, with ids, places and what is asked for; then their tokens and
+    the gradients of these, or by chunks their inputs, of the (W-1)/W b that other ranks hold when all are as likely.
     """
     if run.world == 1:
         return {}
@@ -379,6 +414,10 @@ def traffic(run: Run) -> dict[str, int]:
         contrast = columns + everyone * (MASTER * width + 4)
     contrast += others * everyone * IDS
     relation = sum(others * everyone * (both * run.size + 8) for both in relations)
+    chosen = travelled = 0.0
+    if run.fuses and run.config.objective.matching_weight > 0:
+        chosen = others * everyone * (2 * width * run.size + 4 * PLACE)
+        travelled = others * run.local * (run.fused.there + run.fused.back)
     gradients = others * run.learned * run.size * {0: 2, 1: 1, 2: run.losses, 3: run.losses}[stage]
     gradients += others * run.learned * MASTER * 2 * run.passes.kept * run.losses
     again = 3.0 if run.chunked or run.config.engine.activation_checkpointing else 2.0
@@ -386,6 +425,7 @@ def traffic(run: Run) -> dict[str, int]:
     weights = {0: 0.0, 1: 1.0, 2: 1.0, 3: passes}[stage]
     return {
         "losses": int(contrasts * contrast * run.passes.consistency + relation) * run.losses,
+        **({"negatives": int(chosen + travelled * run.passes.towers) * run.losses} if chosen else {}),
         "gradients": int(gradients),
         "weights, at most" if stage == 3 else "weights": int(others * run.parameters * run.size * weights),
     }
@@ -395,14 +435,18 @@ def operations(run: Run) -> dict[str, int]:
     """Multiplications and additions of a rank in one update: products only, as FLOP counters count."""
     contrasts, relations = _terms(run)
     everyone, width = run.config.train.global_batch_size, run.config.model.embed_dim
-    towers = sum(
-        count * ((1 + (count > 1)) * run.towers[name].forward_flops + run.towers[name].backward_flops)
-        for name, count in run.forwards.items()
-    )
+    seen = [(run.towers[name], count) for name, count in run.forwards.items()]
+    choosing = 0
+    if run.fuses:
+        count = run.local // run.at_once
+        if count > 1 and run.config.objective.matching_weight > 0:
+            choosing = sum(tower.forward_flops for tower in run.towers.values()) * count * run.losses
+        seen = [(run.fused, count)]
+    towers = sum(count * ((1 + (count > 1)) * cost.forward_flops + cost.backward_flops) for cost, count in seen)
     contrast = 8 * everyone**2 * width
     relation = sum(4 * everyone**2 * both + 2 * everyone**2 * width for both in relations)
     return {
-        "towers": towers * run.passes.towers * run.losses,
+        "towers": towers * run.passes.towers * run.losses + choosing,
         "teachers": sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once) * run.losses,
         "losses": (contrasts * contrast * run.passes.consistency + relation) // run.world * run.losses,
     }

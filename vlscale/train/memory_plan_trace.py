@@ -21,15 +21,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.models import siglip
 from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder
-from vlscale.models.fusion import upper_layers
+from vlscale.models.fused_pairs import Fused, Fusing, Masked, fuse_chunk
+from vlscale.models.fusion import FusionEncoder, config_for, upper_layers
 from vlscale.models.hf_folder import load_tokenizer
+from vlscale.models.masked_head import MaskedHead
 from vlscale.models.towers import Modality, image_size, one_line, set_dropout
 from vlscale.sections import Config, TextConfig
 
@@ -48,6 +50,15 @@ class TowerCost:
     peak_with_gradients: int
     forward_flops: int
     backward_flops: int
+
+
+@dataclass(frozen=True)
+class FusedCost(TowerCost):
+    """Of both towers and the fusion encoder together; parameters are the fusion encoder's, with the head of masked
+    words. `there`, `back`: bytes of a pair's negatives on their way from another rank, and of their gradients."""
+
+    there: int
+    back: int
 
 
 class LiveBytes(TorchDispatchMode):
@@ -121,6 +132,63 @@ def trace_towers(config: Config, rows: dict[Modality, int], *, learning: bool = 
     return found
 
 
+def trace_fused(config: Config, rows: dict[Modality, int], pairs: int, *, chunk: bool) -> FusedCost:
+    """One forward and backward over `rows` of all views with the fusion encoder on the first `pairs`; or over a chunk
+    of `pairs`, whose negatives come as inputs."""
+    if config.engine.activation_checkpointing:
+        engine = config.engine.model_copy(update={"activation_checkpointing": False})
+        plain = trace_fused(config.model_copy(update={"engine": engine}), rows, pairs, chunk=chunk)
+    encoder, o, length = _skeleton(config, fusing=True), config.objective, config.model.text.max_length
+    side, others = image_size(encoder.vision_model), _Travelled()
+    with FakeTensorMode():
+        _without_memory(encoder, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32)
+        ids = torch.zeros(pairs, length, dtype=torch.long)
+        masked = None
+        if o.mlm_weight > 0:
+            places = torch.arange(round(o.mlm_probability * ids.numel()))
+            masked = Masked(ids, places, torch.zeros_like(places), [])
+        if chunk:
+            given = torch.zeros(pairs, 3, side, side, dtype=torch.uint8), ids, torch.ones_like(ids)
+            given = tuple(row.clone() for row in given * (1 + (o.matching_weight > 0)))
+            there, back = sum(row[0].nbytes for row in given[3:]), 0
+            found = _trace(encoder, lambda *rows: _sum(fuse_chunk(encoder, masked, *rows)), *given)
+        else:
+            fusing = Fusing(pairs, others if o.matching_weight > 0 else None, masked)
+            ids = torch.zeros(rows["text"], length, dtype=torch.long)
+            given = torch.zeros(rows["vision"], 3, side, side, dtype=torch.uint8), ids, torch.ones_like(ids)
+            found = _trace(encoder, lambda *rows: _sum(encoder(*rows, fusing=fusing)), *given)
+            there, back = others.there, others.back
+    if config.engine.activation_checkpointing:
+        found = _one_block_at_a_time(plain, found)
+    own = [p for part in (encoder.fusion, encoder.masked_head) if part is not None for p in part.parameters()]
+    size, largest = sum(p.numel() for p in own), max(p.numel() for p in own)
+    counted = vars(found) | {"parameters": size, "learned": size, "largest": largest}
+    return FusedCost(**counted, there=there, back=back)
+
+
+class _Travelled:
+    """Hard negatives that are the pairs themselves, copied as real ones are; counts what would travel for a pair."""
+
+    chosen = True
+
+    def __init__(self) -> None:
+        self.there = self.back = 0
+
+    def choose(self, *_: torch.Tensor) -> None: ...
+
+    def pictures(self, rows: torch.Tensor) -> torch.Tensor:
+        self.there += rows[0].nbytes
+        self.back += rows[0].nbytes * rows.requires_grad
+        return rows[torch.arange(len(rows))]
+
+    captions = pictures
+
+
+def _sum(made: tuple[torch.Tensor | Fused | None, ...]) -> torch.Tensor:
+    """Of what a forward gave, so that all of it has a gradient."""
+    return sum(_sum(part) if isinstance(part, tuple) else part.sum() for part in made if part is not None)
+
+
 def _one_block_at_a_time(plain: TowerCost, kept: TowerCost) -> TowerCost:
     """The peak of a tower whose blocks are computed again: what it keeps, the largest block, and what an ordinary
     backward needs beyond what was saved."""
@@ -154,7 +222,7 @@ def _trace(module: nn.Module, encode: Callable[..., torch.Tensor], *inputs: torc
         parameters=sum(p.numel() for p in module.parameters()),
         learned=sum(learned),
         largest=max(learned, default=0),
-        width=module[1].in_features,
+        width=module[1].in_features if isinstance(module, nn.ModuleList) else 0,
         saved=saved,
         largest_block=live.largest_block,
         peak=live.peak_without_gradients,
@@ -164,19 +232,44 @@ def _trace(module: nn.Module, encode: Callable[..., torch.Tensor], *inputs: torc
     )
 
 
-def _skeleton(config: Config) -> DualEncoder:
+def _skeleton(config: Config, *, fusing: bool = False) -> DualEncoder:
     """The run's dual encoder without weights."""
     with torch.device("meta"):
         vision, text = _tower("vision", config), _tower("text", config)
-        encoder = DualEncoder(vision, text, config.model, sigmoid=config.objective.loss == "sigmoid")
+        fusion = _fusion(config, vision) if fusing else None
+        encoder = DualEncoder(vision, text, config.model, config.objective.loss == "sigmoid", fusion)
+        if fusing and config.objective.mlm_weight > 0:
+            encoder.masked_head = MaskedHead(fusion.width, text.config.vocab_size)
     encoder.normalise = partial(normalise, spec=ImageSpec(image_size(vision), (0.5,) * 3, (0.5,) * 3))
     if config.engine.activation_checkpointing:
         checkpoint_blocks(encoder, random=False)  # tensors without data have no random state to come back to
     return encoder
 
 
+def _fusion(config: Config, vision: PreTrainedModel) -> FusionEncoder:
+    fusion, text, source = config.model.fusion, _tower_config("text", config), None
+    if fusion.config is None:
+        source = text if fusion.source == "text" else AutoConfig.from_pretrained(fusion.source)
+        source = getattr(source, "text_config", source)
+    widths = text.hidden_size, siglip.pooled_width(vision)
+    return FusionEncoder(config_for(fusion, source, *widths, config.model.dropout))
+
+
 def _tower(modality: Modality, config: Config) -> PreTrainedModel:
     """From its Hugging Face config alone; weights are never read."""
+    key, fusion = f"model.{modality}", config.model.fusion
+    found = _tower_config(modality, config)
+    try:
+        if modality == "text" and fusion is not None and fusion.source == "text":
+            found.num_hidden_layers -= upper_layers(found, fusion.layers, key)
+        with torch.device("meta"):
+            return siglip.PaddedSiglipText(found) if found.model_type == siglip.TEXT else AutoModel.from_config(found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{key}: its Hugging Face config could not be built: {one_line(error)}") from None
+
+
+def _tower_config(modality: Modality, config: Config) -> PretrainedConfig:
+    """Of the whole model, fusion layers included."""
     section = getattr(config.model, modality)
     key = f"model.{modality}"
     if (section.source is None) == (section.config is None):
@@ -189,10 +282,7 @@ def _tower(modality: Modality, config: Config) -> PreTrainedModel:
             options = dict(section.config) if modality == "vision" else _fitted(section)
             found = AutoConfig.for_model(options.pop("model_type"), **options)
         set_dropout(found, config.model.dropout)
-        if modality == "text" and config.model.fusion is not None and config.model.fusion.source == "text":
-            found.num_hidden_layers -= upper_layers(found, config.model.fusion.layers, key)
-        with torch.device("meta"):
-            return siglip.PaddedSiglipText(found) if found.model_type == siglip.TEXT else AutoModel.from_config(found)
+        return found
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{key}: its Hugging Face config could not be built: {one_line(error)}") from None
 
