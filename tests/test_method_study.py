@@ -68,8 +68,9 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
     assert len(lines) == 1 + 3 * 3 and lines[1].startswith("clean,0,teachers,10.0000")
 
 
-def test_every_run_of_the_study_is_a_valid_config():
-    study = yaml.safe_load((METHOD / "study.yaml").read_text())
+@pytest.mark.parametrize("name", ["study", "trained"])
+def test_every_run_of_a_tuned_study_is_a_valid_config(name):
+    study = yaml.safe_load((METHOD / f"{name}.yaml").read_text())
     assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"])
     trials = {len(own["grid"]) for own in study["methods"].values()}
     assert len(trials) == 1  # the same effort for every method
