@@ -31,7 +31,7 @@ def script():
     return runpy.run_path(str(METHOD / "__main__.py"))
 
 
-@pytest.mark.parametrize("name", ["ablations", "fused"])
+@pytest.mark.parametrize("name", ["ablations", "fused", "trained-ablations"])
 def test_every_run_of_a_study_without_tuning_is_a_valid_config_of_one_trial(script, name):
     study = script["read_study"](METHOD / f"{name}.yaml")
     assert study["name"] == name and list(study["levels"]) == ["emoji"] and len(study["seeds"]) == 5
