@@ -60,8 +60,8 @@ cudaError_t launch(const Job& job, bool cubic, Store store, cudaStream_t stream)
 // dtype: 0 float32, 1 float16, 2 bfloat16. Returns 0 or a cudaError_t for vlscale_error.
 extern "C" int vlscale_preprocess(int device, const uint8_t* pictures, int64_t bytes, const int64_t* offsets,
                                   const int64_t* sizes, const double* boxes, const uint8_t* flips, const float* colours,
-                                  int64_t batch, int size, const float* gain, const float* bias, int cubic, int dtype, void* out,
-                                  void* stream) {
+                                  int64_t batch, int size, const float* gain, const float* bias, int cubic, int dtype,
+                                  void* out, void* stream) {
   using namespace vlscale;
   const cudaError_t chosen = cudaSetDevice(device);
   if (chosen != cudaSuccess) return chosen;

@@ -34,8 +34,8 @@ void run_block(const Job& job, int64_t index, const StoreFloat& store) {
 
 extern "C" int vlscale_preprocess(int, const uint8_t* pictures, int64_t bytes, const int64_t* offsets,
                                   const int64_t* sizes, const double* boxes, const uint8_t* flips, const float* colours,
-                                  int64_t batch, int size, const float* gain, const float* bias, int cubic, int dtype, void* out,
-                                  void*) {
+                                  int64_t batch, int size, const float* gain, const float* bias, int cubic, int dtype,
+                                  void* out, void*) {
   using namespace vlscale;
   if (dtype != 0) return 1;
   Job job = {pictures, bytes, offsets, sizes, boxes, flips, colours, batch, size, {}, {}};
