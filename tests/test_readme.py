@@ -15,6 +15,7 @@ from vlscale.config import validate
 from vlscale.evaluate.paired import seed_interval
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -44,6 +45,16 @@ def test_before_and_after_give_the_same_loss():
     torch.testing.assert_close(names["loss"], dense, rtol=1e-12, atol=0)
 
 
+def test_the_disturbed_trainings_are_as_many_and_lost_nothing():
+    (name,) = re.findall(r"benchmarks/results/(\d{4}-\d\d-\d\d-failures\.md)", TEXT)
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| .* \| (\d+) \| [\d.]+ \|$", (RESULTS / name).read_text(), flags=re.M)
+    (kills, others) = map(int, re.search(r"(\d+) kills in a row.*?and (\d+) other", TEXT, flags=re.S).groups())
+    trials = {fault: int(count) for fault, count, _ in rows}
+    assert trials.pop("kill -9 of a rank, of all, of the launcher") == kills
+    assert sum(trials.values()) == others and len(trials) == 10
+    assert {lost for _, _, lost in rows} == {"0"}
+
+
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_its_configs_are_valid(text):
     validate(yaml.safe_load(text), "README.md")
@@ -51,7 +62,7 @@ def test_its_configs_are_valid(text):
 
 def test_the_demos_table_is_the_linked_result():
     (name,) = set(re.findall(r"benchmarks/results/(\d{4}-\d\d-\d\d-demo)\.md", TEXT))
-    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    results = json.loads((RESULTS / f"{name}.json").read_text())
     columns = ["rsum", "i2t/r@1", "i2t/r@10", "t2i/r@1", "t2i/r@10"]
     columns += [f"{task}/ndcg@10_norm" for task in ("i2i", "t2t", "i2it", "t2it")]
     for run in ("contrastive only", "relations, jointly", "RVLR", "CoVLR, meta step"):
@@ -62,7 +73,7 @@ def test_the_demos_table_is_the_linked_result():
 
 def test_the_kernels_table_is_the_linked_result():
     (name,) = set(re.findall(r"benchmarks/results/([\w-]+kernels-cpu[\w-]*)\.md", TEXT))
-    rows = {r["variant"]: r for r in json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]}
+    rows = {r["variant"]: r for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"]}
     dense, chunked = rows["contrastive dense"], rows["contrastive chunked"]
     assert f"**{chunked['ratio']:.2f}** | **{chunked['extra_megabytes']:.0f} MB**" in TEXT
     assert f"1.00 | {dense['extra_megabytes']:,.0f} MB" in TEXT
@@ -70,7 +81,7 @@ def test_the_kernels_table_is_the_linked_result():
 
 def test_the_studys_table_is_the_linked_result():
     (name,) = set(re.findall(r"benchmarks/results/([\w-]+method-study)\.md", TEXT))
-    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open()))
+    rows = list(csv.DictReader((RESULTS / f"{name}.csv").open()))
     labels = {
         "scenes, clean": "clean",
         "captions often wrong": "text-noisy",
