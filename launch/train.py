@@ -8,16 +8,32 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
+from threading import Thread
+
+import psutil
 
 from vlscale.cli import main
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+DEEPSPEED = "deepspeed.launcher.launch"  # its inner launcher
 
 
 def end_with_launcher() -> None:
-    """A launcher that is killed cannot end its ranks: they are told by the kernel, as by SIGTERM, and save first."""
-    if "RANK" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    """A launcher that is killed cannot end its ranks: they are told as by SIGTERM, and save first. By the kernel, of
+    their parent; DeepSpeed's has a parent of its own, the command that was typed."""
+    if "RANK" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    with suppress(psutil.Error):
+        launchers = psutil.Process().parents()[:2]
+        if DEEPSPEED in launchers[0].cmdline() and any("deepspeed" in word for word in launchers[-1].cmdline()):
+            Thread(target=_end_after, args=launchers[-1:], name="launcher", daemon=True).start()
+
+
+def _end_after(process: psutil.Process) -> None:
+    process.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

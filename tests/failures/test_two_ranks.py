@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import ROOT
 from vlscale.cli.launcher import free_port
 from vlscale.config import load_plan
 from vlscale.train.metrics_file import read_metrics
@@ -121,3 +122,32 @@ def test_when_a_rank_is_killed_all_end_and_no_process_is_left(tiny_config, tmp_p
     process.communicate(timeout=300)
     assert process.returncode != 0 and time.monotonic() - killed < 60
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_when_the_deepspeed_command_is_killed_the_ranks_save_and_end(tiny_config, tmp_path):
+    """Its inner launcher lives on, which must not train on behind a job that is over."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2"]
+    command += [
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "launch" / "train.py"),
+        str(tiny_config),
+        "--out",
+        str(out),
+    ]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "train.max_steps=100000"], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.is_file() and lines(out)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(children, 60)[1]
+    last = lines(out)[-1]["step"]
+    assert (out / "checkpoints" / f"step-{last}" / "manifest.json").is_file()
