@@ -1,6 +1,6 @@
 """Whether matching learns: small towers and a fusion encoder on synthetic scenes, from scratch, in one process.
 
-    vlscale bench matching [--rounds 2] [--steps 6000] [--pairs 16000] [--out DIR] [--write]
+    vlscale bench matching [--rounds 3] [--steps 6000] [--pairs 16000] [--out DIR] [--write]
 
 Each round starts from the model of the one before and goes through the whole schedule of the learning rate again, about
 half an hour of one CPU core. With `--out` the same command goes on where it was stopped. Accuracy over every pair of
@@ -39,7 +39,7 @@ RECALLS = ("rsum", "i2t/r@1", "i2t/r@5", "i2t/r@10", "t2i/r@1", "t2i/r@5", "t2i/
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6000, help="of a round")
     parser.add_argument("--pairs", type=int, default=16_000)
     parser.add_argument("--out", type=Path, help="keeps scenes and run")
