@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import provenance, today  # noqa: E402
 from vlscale.config import PlannedRun, validate  # noqa: E402
-from vlscale.train.memory_plan import Run, gather_facts, traffic  # noqa: E402
+from vlscale.train.memory_plan import traffic  # noqa: E402
+from vlscale.train.memory_plan_facts import Run, gather_facts  # noqa: E402
 
 MARK = "model, not measured"
 TRACED = 8  # pairs; towers cost the same for every pair
