@@ -26,9 +26,10 @@ def end_with_launcher() -> None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     with suppress(psutil.Error):
-        launchers = psutil.Process().parents()[:2]
-        if DEEPSPEED in launchers[0].cmdline() and any("deepspeed" in word for word in launchers[-1].cmdline()):
-            Thread(target=_end_after, args=launchers[-1:], name="launcher", daemon=True).start()
+        inner = psutil.Process().parent()  # None, and so the next, for the first process of a container
+        outer = inner and inner.parent()
+        if outer and DEEPSPEED in inner.cmdline() and any("deepspeed" in word for word in outer.cmdline()):
+            Thread(target=_end_after, args=[outer], name="launcher", daemon=True).start()
 
 
 def _end_after(process: psutil.Process) -> None:

@@ -92,7 +92,8 @@ def read_study(path: Path) -> dict:
 
 def command_of(given: argparse.Namespace) -> str:
     study = "" if given.study == HERE / "study.yaml" else f" --study {given.study}"
-    return f"vlscale bench method{study} --out DIR --emoji FOLDER --processes {given.processes} --write"
+    levels = f" --levels {' '.join(given.levels)}" if given.levels else ""
+    return f"vlscale bench method{study} --out DIR --emoji FOLDER{levels} --processes {given.processes} --write"
 
 
 def untuned(study: dict) -> dict[str, dict] | None:
