@@ -1,15 +1,18 @@
 """Batches larger than memory: peak memory and time a pair from a batch of 256 to 8,192, by chunks of fixed size.
 
-    vlscale bench large-batch [--batches 256 512 1024 2048 4096 8192] [--chunk 64] [--steps 3] [--write]
+    vlscale bench large-batch [--batches 256 512 1024 2048 4096 8192] [--chunk 64] [--write]
 
-About four minutes on two CPU cores. Every point is a process of its own: the real engine (ZeRO-0, AdamW), contrastive
-loss. Memory is the largest resident set beyond that of the process once its model, optimizer and input batch are there.
-Time is the median of `--steps` steps, of fewer once they have seen 4,096 pairs, and is compared with a plain pass (all
-activations kept) of the smallest batch. `--write` keeps page, numbers and plot, dated, in benchmarks/results/.
+About eight minutes on two CPU cores. The real engine (ZeRO-0, AdamW), contrastive loss. Memory is the largest resident
+set beyond that of the process once its model, optimizer and input batch are there, in a process of its own for every
+batch and with a malloc that gives freed blocks back, so that it is what is in use. Time is taken in one process: plain
+steps (all activations kept) of the smallest batch before and after every step by chunks, and the ratio of the two, a
+pair; the median of the rounds, which are as many as see some thousand pairs. `--write` keeps page, numbers and plot,
+dated, in benchmarks/results/.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -29,7 +32,9 @@ VISION = {"model_type": "vit", "image_size": SIDE, "patch_size": 16, "hidden_siz
           "num_attention_heads": 3, "intermediate_size": 768}  # fmt: skip
 TEXT = {"model_type": "bert", "vocab_size": 8_000, "hidden_size": 192, "num_hidden_layers": 3,
         "num_attention_heads": 3, "intermediate_size": 768}  # fmt: skip
-ENOUGH = 4096  # pairs of one point
+ENOUGH = 4096  # pairs that the rounds of one batch see
+BESIDE = 1024  # pairs of the plain steps on either side of a step by chunks
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # bytes from which glibc gives every freed block back
 PREDICTED, ASKED = 1.34, 1.45  # time a pair against the plain pass: the second forward; and the bound
 
 
@@ -37,23 +42,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--point", type=int, nargs=2, metavar=("BATCH", "CHUNK"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=int, nargs=2, metavar=("BATCH", "CHUNK"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.point:
-        print(json.dumps(measure(*given.point, given.steps)))
+    if given.memory:
+        print(memory(*given.memory))
         return
     smallest = min(given.batches)
-    wanted = [(smallest, 0), *((batch, given.chunk) for batch in given.batches), (smallest, 0)]
-    points = []
-    for batch, chunk in wanted:
-        command = [sys.executable, str(HERE), "--steps", str(given.steps), "--point", str(batch), str(chunk)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    points = [{"batch": smallest, "chunk": 0}, *({"batch": batch, "chunk": given.chunk} for batch in given.batches)]
+    for point in points:
+        command = [sys.executable, str(HERE), "--memory", str(point["batch"]), str(point["chunk"])]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | RETURNED)
         if done.returncode:
-            raise SystemExit(f"batch {batch}, chunk {chunk}: {done.stderr[-2000:]}")
-        points.append({"batch": batch, "chunk": chunk} | json.loads(done.stdout.splitlines()[-1]))
-        print(points[-1], file=sys.stderr)
+            raise SystemExit(f"batch {point['batch']}, chunk {point['chunk']}: {done.stderr[-2000:]}")
+        point["megabytes"] = float(done.stdout.splitlines()[-1])
+        print(point, file=sys.stderr)
+    job = Job(max(given.batches), given.chunk)
+    for point in points[1:]:
+        point |= against_plain(job, smallest, point["batch"])
+        print(point, file=sys.stderr)
     page = report(points, given)
     print(page)
     if given.write:
@@ -65,48 +72,71 @@ def main() -> None:
         plot(points, RESULTS / f"{stem}.png")
 
 
-def measure(batch: int, chunk: int, steps: int) -> dict[str, float]:
-    """Seconds a step (median) and megabytes beyond what stands before the first step."""
-    import torch
+class Job:
+    """A model, its engine and a batch whose first pairs are the smaller batches."""
 
-    from vlscale.config import validate
-    from vlscale.data.images import ImageSpec, normalise
-    from vlscale.models.dual_encoder import build_dual_encoder
-    from vlscale.objectives.contrastive import contrastive
-    from vlscale.train.engine import Engine, start_ranks
+    def __init__(self, batch: int, chunk: int):
+        import torch
 
-    values = {
-        "model": {"embed_dim": DIM, "dropout": 0.0, "vision": {"config": VISION}, "text": {"config": TEXT}},
-        "engine": {"zero_stage": 0},
-        "train": {"global_batch_size": batch, "chunk_size": chunk or None},
-    }
-    config = validate(values, "large batch")
-    ranks = start_ranks(config.engine)
-    model = build_dual_encoder(config.model)
-    model.normalise = partial(normalise, spec=ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3))
-    engine = Engine(model, config, ranks)
+        from vlscale.config import validate
+        from vlscale.data.images import ImageSpec, normalise
+        from vlscale.models.dual_encoder import build_dual_encoder
+        from vlscale.train.engine import Engine, start_ranks
 
-    def step(rows: int) -> float:
-        inputs = {name: value[:rows] for name, value in everything.items()}
+        values = {
+            "model": {"embed_dim": DIM, "dropout": 0.0, "vision": {"config": VISION}, "text": {"config": TEXT}},
+            "engine": {"zero_stage": 0},
+            "train": {"global_batch_size": batch, "chunk_size": chunk or None},
+        }
+        config = validate(values, "large batch")
+        self.ranks, self.chunk = start_ranks(config.engine), chunk or None
+        model = build_dual_encoder(config.model)
+        model.normalise = partial(normalise, spec=ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3))
+        self.engine = Engine(model, config, self.ranks)
+        self.everything = {
+            "pixels": torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8),
+            "input_ids": torch.randint(5, 7_000, (batch, TOKENS)),
+            "attention_mask": torch.ones(batch, TOKENS, dtype=torch.int64),
+        }
+        self.step(8)  # the optimizer's states and the libraries' own memory are there from now on
+
+    def step(self, rows: int, *, plain: bool = False) -> float:
+        """Seconds of one."""
+        import torch
+
+        from vlscale.objectives.contrastive import contrastive
+
+        inputs = {name: value[:rows] for name, value in self.everything.items()}
         started = time.perf_counter()
-        out = engine(**inputs, chunk_size=chunk or None)
-        loss, _ = contrastive(
-            out.image, out.text, out.logit_scale, None, torch.arange(rows), ranks, comm="auto", impl="auto"
-        )
-        engine.set_rates(1e-5, 1)
-        engine.backward(loss)
-        engine.step()
+        out = self.engine(**inputs, chunk_size=None if plain else self.chunk)
+        ids = torch.arange(rows)
+        loss, _ = contrastive(out.image, out.text, out.logit_scale, None, ids, self.ranks, comm="auto", impl="auto")
+        self.engine.set_rates(1e-5, 1)
+        self.engine.backward(loss)
+        self.engine.step()
         return time.perf_counter() - started
 
-    everything = {
-        "pixels": torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8),
-        "input_ids": torch.randint(5, 7_000, (batch, TOKENS)),
-        "attention_mask": torch.ones(batch, TOKENS, dtype=torch.int64),
-    }
-    step(8)  # the optimizer's states and the libraries' own memory are there from now on
+
+def memory(batch: int, chunk: int) -> float:
+    """Megabytes of one step beyond what stands before it."""
+    job = Job(batch, chunk)
     before = _resident()
-    seconds = statistics.median([step(batch) for _ in range(max(1, min(steps, ENOUGH // batch)))])
-    return {"seconds": seconds, "megabytes": (_resident() - before) / 1e6}
+    job.step(batch)
+    return (_resident() - before) / 1e6
+
+
+def against_plain(job: Job, smallest: int, batch: int) -> dict[str, float | list[float]]:
+    """Seconds of a step by chunks, and its time a pair over that of the plain steps around it: median and range."""
+    ratios, seconds = [], []
+    beside = max(1, min(batch, BESIDE) // smallest)
+    job.step(smallest, plain=True)
+    for _ in range(max(3, ENOUGH // batch) if batch < ENOUGH else 1):
+        around = [job.step(smallest, plain=True) for _ in range(beside)]
+        seconds.append(job.step(batch))
+        around += [job.step(smallest, plain=True) for _ in range(beside)]
+        ratios.append(seconds[-1] / batch / (statistics.mean(around) / smallest))
+    middle = statistics.median(ratios)
+    return {"seconds": statistics.median(seconds), "ratio": middle, "range": [min(ratios), max(ratios)]}
 
 
 def _resident() -> int:
@@ -117,26 +147,28 @@ def _resident() -> int:
 def report(points: list[dict], given: argparse.Namespace) -> str:
     from common import provenance, today
 
-    plain = min(p["seconds"] / p["batch"] for p in points if not p["chunk"])
     lines = [
         f"# Batches larger than memory, {today()}",
         "",
-        provenance(f"vlscale bench large-batch --chunk {given.chunk} --steps {given.steps} --write"),
+        provenance(f"vlscale bench large-batch --chunk {given.chunk} --write"),
         "",
-        f"ViT 192 x 6 at {SIDE} px and BERT 192 x 3 with {TOKENS} tokens, fp32, one process. Time a pair against the "
-        f"plain pass: predicted {PREDICTED} (the second forward), asked {ASKED} at most. Embeddings: both modalities "
-        "and their gradients, float32.",
+        f"ViT 192 x 6 at {SIDE} px and BERT 192 x 3 with {TOKENS} tokens, fp32, one process. Time a pair against plain "
+        f"steps of {min(given.batches)} before and after, median of the rounds (their range): predicted {PREDICTED} "
+        f"(the second forward), asked {ASKED} at most. Memory with freed blocks given back. Embeddings: of both "
+        "modalities and their gradients, float32.",
         "",
         "| batch | chunk | beyond inputs and model | embeddings alone | time a pair, times plain | seconds a step |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for p in points:
         own = 4 * p["batch"] * DIM * 4 / 1e6
-        ratio = p["seconds"] / p["batch"] / plain
-        lines.append(
-            f"| {p['batch']:,} | {p['chunk'] or 'all'} | {p['megabytes']:,.0f} MB | {own:,.0f} MB | {ratio:.2f} | "
-            f"{p['seconds']:.2f} |"
-        )
+        start = f"| {p['batch']:,} | {p['chunk'] or 'all'} | {p['megabytes']:,.0f} MB | {own:,.0f} MB |"
+        if not p["chunk"]:
+            lines.append(f"{start} 1 | |")
+            continue
+        low, high = p["range"]
+        spread = f" ({low:.2f} to {high:.2f})" if low < high else ""
+        lines.append(f"{start} {p['ratio']:.2f}{spread} | {p['seconds']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
