@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             "recipe": study["recipes"][level.get("recipe", "scenes")],
             "theta_prime": [method for method in runs if study["methods"].get(method, {}).get("theta_prime")],
             "folder": str((given.out / "work" / name).resolve()), "result": str(result.resolve()),
+            "pretrained": str((given.out / f"pretrained-seed-{seed}").resolve()),
         }  # fmt: skip
         return _finished(job, cells / f".{name}.job.json")
 

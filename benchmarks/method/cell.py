@@ -6,6 +6,7 @@ The job says where to work, what to train (name to overrides) and which split to
 the job, complete or not at all. A cell that was cut off goes on where it stopped.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from vlscale.evaluate.run import EvalRequest, evaluate_model
 from vlscale.train.plan import train_plan
 
 TEST_SEEDS = 10_000  # the test split of a seed is the held-out split of another corpus, of seed + this
+PRETRAINING_SEEDS = 20_000  # the corpus that towers and teachers of a seed come from, where it is another
 HELD_OUT_SHARDS = 2
 RERANKED = 32  # nearest of each query that a fusion encoder scores
 ENDPOINTS = {
@@ -42,17 +44,16 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
         if job["level"].get("recipe") == "emoji"
         else _scenes(job, folder / "data")
     )
-    plan = folder / "plan.yaml"
-    plan.write_text(yaml.safe_dump(_plan(job, data["train"]), sort_keys=False))  # stages stand in order
-    train_plan(load_plan(plan), folder / "runs", resume=True)
-    recipe = job["recipe"].get("eval", {})
-    measured, runs = {}, folder / "runs"
+    runs = folder / "runs"
+    begun = _pretrained(job) if "pretrained" in job["recipe"] else None
+    _train(_plan(job, data["train"], begun), folder / "plan.yaml")
+    recipe, measured = job["recipe"].get("eval", {}), {}
     for name in job.get("theta_prime", []):
         save_at_theta_prime(runs / name, runs / f"{name}'")
     for name in ("teachers", *job["runs"], *(f"{name}'" for name in job.get("theta_prime", []))):
         matches = job["recipe"]["model"].get("fusion") and name != "teachers" and _matches(job["runs"][name])
         request = EvalRequest(
-            str(runs / name),
+            begun if begun and name == "teachers" else str(runs / name),
             data[job["split"]],
             recipe.get("protocol", "auto"),
             recipe.get("labels", []),
@@ -101,27 +102,51 @@ def split_emoji(folder: str | Path, seed: int) -> dict[str, list[str]]:
     }
 
 
-def _plan(job: dict, train: list[str]) -> dict:
-    recipe = {key: value for key, value in job["recipe"].items() if key not in ("teachers", "matching")}
+def _pretrained(job: dict) -> str:
+    """The run that towers and teachers of a seed come from: of a corpus of its own, trained once for all levels."""
+    folder, own = Path(job["pretrained"]), job["recipe"]["pretrained"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "runs" / "final").is_dir():
+            corpus = own["corpus"] | {"val_pairs": 1, "seed": job["seed"] + PRETRAINING_SEEDS}
+            if not (folder / "data").exists():
+                make_corpus(folder / "data", synth_config(corpus.pop("preset"), **corpus), processes=1, progress=False)
+            common = _common(job, [f"{folder}/data/train-*.tar"], folder)
+            given = {key: value for key, value in own.items() if key != "corpus"}
+            _train({key: {**common.get(key, {}), **given.get(key, {})} for key in common | given}, folder / "plan.yaml")
+            shutil.rmtree(folder / "data")
+    return str(folder / "runs")
+
+
+def _train(plan: dict, path: Path) -> None:
+    """A plan, kept at `path`, into `runs` beside it; goes on where it was."""
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))  # stages stand in order
+    train_plan(load_plan(path), path.parent / "runs", resume=True)
+
+
+def _common(job: dict, train: list[str], folder: Path) -> dict:
+    """What all runs of a cell share."""
+    recipe = {key: value for key, value in job["recipe"].items() if key not in ("teachers", "matching", "pretrained")}
     own = recipe.get("train", {})
-    recipe["data"] = recipe["data"] | {"train": train, "manifest_dir": f"{job['folder']}/manifests"}
+    recipe["data"] = recipe["data"] | {"train": train, "manifest_dir": f"{folder}/manifests"}
     recipe["train"] = own | {"seed": job["seed"], "checkpoint_every": 10_000, "keep_checkpoints": 1}
-    recipe |= {"engine": {"zero_stage": 0, "threads": job["threads"]}, "log": {"progress": False}}
-    teachers = job["recipe"]["teachers"] | {
-        "objective": {"name": "contrastive", "contrastive_weight": 0, "view_weight": 1, "caption_weight": 1}
-    }
-    stages, start = {"teachers": teachers}, "stage:teachers"
+    return recipe | {"engine": {"zero_stage": 0, "threads": job["threads"]}, "log": {"progress": False}}
+
+
+def _plan(job: dict, train: list[str], begun: str | None) -> dict:
+    """Teachers, and every method from their weights; or every method from a run that has `begun`."""
+    stages, start = {}, begun
+    if begun is None:
+        alone = {"name": "contrastive", "contrastive_weight": 0, "view_weight": 1, "caption_weight": 1}
+        stages, start = {"teachers": job["recipe"]["teachers"] | {"objective": alone}}, "stage:teachers"
+    teachers = {"source": "hf", "image": start, "text": start}
     if "matching" in job["recipe"]:  # a first stage of contrast and matching, as RVLR trains
-        teachers["objective"]["itm_weight"] = 0
+        stages["teachers"]["objective"]["itm_weight"] = 0
         stages["matching"], start = job["recipe"]["matching"] | {"model": {"init_from": start}}, "stage:matching"
-    given = {
-        "model": {"init_from": start},
-        "teacher": {"source": "hf", "image": "stage:teachers", "text": "stage:teachers"},
-    }
-    return recipe | {
-        "stages": stages,
-        "variants": {name: given | overrides for name, overrides in job["runs"].items()},
-    }
+    given = {"model": {"init_from": start}, "teacher": teachers}
+    variants = {name: given | overrides for name, overrides in job["runs"].items()}
+    return _common(job, train, Path(job["folder"])) | ({"stages": stages} if stages else {}) | {"variants": variants}
 
 
 def main() -> None:
