@@ -174,7 +174,8 @@ def write(rows: list[dict], arguments: argparse.Namespace) -> str:
     }
     text = "# Chunked losses on a CPU\n\n" + "".join(f"- {key}: {value}\n" for key, value in about.items())
     text += (
-        "\nForward + backward, float32; the ratio is to the variant above it, memory beyond inputs and gradients.\n\n"
+        "\nLosses forward + backward, float32; the ratio is to the variant above it, memory beyond inputs and "
+        "gradients.\n\n"
     )
     stem = ROOT / "benchmarks" / "results" / "-".join([about["date"], "kernels-cpu", *arguments.families])
     stem.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -21,10 +21,10 @@ ROW_ELEMENTS = 1 << 19  # of one chunk of whole rows; sorting needs about 40 byt
 def relation_mae_sweep(
     difference: Relation, toward: Relation | None, sweep: Sweep, offset: int | None
 ) -> tuple[Tensor, RelationGradient | None]:
-    """(sum |s - t| partial over these tiles, its gradient in `toward`'s embeddings: all segments, the student's, none).
+    """(sum |s - t| partial over these tiles, its gradient in `toward`'s embeddings: all segments, one side's, none).
 
-    `toward` holds the leading segments of `difference`. A sum over ordered pairs i != j, except that a pair sweep
-    counts each of its unordered pairs once for both orders.
+    `toward` holds segments of `difference`, with the weights they have there. A sum over ordered pairs i != j, except
+    that a pair sweep counts each of its unordered pairs once for both orders.
     """
     b, n = len(difference.rows), len(difference.columns)
     scratch = Scratch(2, tile_elements(sweep, b, n), difference.rows)

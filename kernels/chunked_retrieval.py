@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .chunked import spans
 
-QUERIES = 768
+QUERIES = 2560  # at most in one product; blocks of queries are of equal size, so that the last one is no waste
 BLOCK = 1536  # gallery rows of one product: 32 times 48, the widest inner kernel
-TILE = QUERIES * BLOCK  # scores that are looked at together: few queries see many products at once
+TILE = 768 * BLOCK  # scores that few queries look at together, of many products
 FEW = 8  # up to here the gallery is the product's left factor, half the time of reading it as the right one
 GROUP = 32  # neighbours are sought group by group; a group whose maximum is too low is never opened
 PENDING = 1 << 20  # newcomers that may wait for their order
@@ -22,7 +22,7 @@ class Scorer:
     """Scores of one block of queries against any gallery rows, always computed BLOCK rows at a time."""
 
     def __init__(self, query: Tensor, gallery: Tensor):
-        rows = min(len(query), QUERIES)
+        rows = self.rows = max(1, -(-len(query) // max(1, -(-len(query) // QUERIES))))
         self.few = rows <= FEW
         padded = max(2, 1 << (rows - 1).bit_length()) if self.few else rows + -rows % 16
         blocks = min(max(1, TILE // (padded * BLOCK)), -(-len(gallery) // BLOCK))
@@ -93,7 +93,7 @@ def retrieval_ranks(
     """(above, tied, same), each (Q,) int64; see vlscale.kernels.retrieval_ranks."""
     above, tied, same = torch.zeros(3, len(query), dtype=torch.int64, device=query.device)
     scorer = Scorer(query, gallery)
-    for i in spans(0, len(query), QUERIES):
+    for i in spans(0, len(query), scorer.rows):
         scorer.load(query[slice(*i)])
         left_out = None if exclude is None else exclude[slice(*i)]
         table = distinct(positives[slice(*i)], len(gallery), left_out)
@@ -117,7 +117,7 @@ def topk_neighbors(query: Tensor, gallery: Tensor, k: int, exclude: Tensor | Non
     scores = query.new_empty(len(query), k)
     indices = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     scorer = Scorer(query, gallery)
-    for i in spans(0, len(query), QUERIES):
+    for i in spans(0, len(query), scorer.rows):
         scorer.load(query[slice(*i)])
         best = Shortlist(scorer, k)
         for j in spans(0, len(gallery), scorer.width):

@@ -63,8 +63,11 @@ def forward_op(
     if metric == "mae":
         both = torch.cat([x, z], 1)
         difference = Relation(both, both, torch.cat([student_weight, -weights]), [x.shape[1], *widths], "cosine")
-        toward = difference if want_teacher else alone if want_student else None
-        total, gradient = tiles.relation_mae_sweep(difference, toward, Sweep.TRIANGLE, 0)
+        negated = Relation(z, z, -weights, widths, "cosine")
+        toward = {(True, True): difference, (True, False): alone, (False, True): negated}
+        total, gradient = tiles.relation_mae_sweep(
+            difference, toward.get((want_student, want_teacher)), Sweep.TRIANGLE, 0
+        )
         grads = _split(gradient, x.shape[1], want_student, want_teacher, weights)
     else:
         mixed = Relation(z, z, weights, widths, "cosine")
@@ -85,12 +88,13 @@ def _finish(gradient: "RelationGradient | OperandGradient | None", like: Tensor)
 def _split(
     gradient: RelationGradient | None, width: int, want_student: bool, want_teacher: bool, like: Tensor
 ) -> list[Tensor]:
-    """The gradient of the concatenation as [student, its weight, teacher, weights]."""
-    if not want_teacher:
-        return [*_finish(gradient, like), like.new_empty(0), like.new_empty(0)]
+    """The gradient of the sides that are wanted, of both at once their concatenation's, as [student, its weight,
+    teacher, weights]."""
+    nothing = [like.new_empty(0), like.new_empty(0)]
     rows, of_weights = _finish(gradient, like)
-    first = [rows[:, :width], of_weights[:1]] if want_student else [like.new_empty(0), like.new_empty(0)]
-    return [*first, rows[:, width:], -of_weights[1:]]
+    if want_student and want_teacher:
+        return [rows[:, :width], of_weights[:1], rows[:, width:], -of_weights[1:]]
+    return [*nothing, rows, -of_weights] if want_teacher else [rows, of_weights, *nothing]
 
 
 @forward_op.register_fake

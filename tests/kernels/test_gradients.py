@@ -106,6 +106,21 @@ def test_relation_match(small_tiles, impl, metric):
     assert gradcheck(*problem(k.match_case(x, [z, x.flip(0)[:, :3]], [0.7, -0.6], 0.5, metric), impl))
 
 
+@pytest.mark.parametrize("metric", ["mae", "mse", "wasserstein"])
+@pytest.mark.parametrize("learned", [["x"], ["w"], ["z0", "z1"]])
+def test_relation_match_of_one_side(small_tiles, metric, learned):
+    """What is frozen changes nothing of the other side's gradient: RVLR holds a teacher to a mixture that learns."""
+    x, z = k.embeddings("random", 6, 4)
+    case = k.match_case(x, [z, x.flip(0)[:, :3]], [0.7, -0.6], 0.5, metric)
+    found = []
+    for wanted in (learned, list(case.inputs)):
+        values = {name: value.double().requires_grad_(name in wanted) for name, value in case.inputs.items()}
+        grads = torch.autograd.grad(case.loss(values, "chunked"), [values[name] for name in learned])
+        found.append(grads)
+    for alone, among in zip(*found, strict=True):
+        torch.testing.assert_close(alone, among, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -96,6 +96,8 @@ TRITON += [
         ("relation_kl", 0, "half_ring", 1.0),
         ("relation_kl", 0, "half_ring", 6.0),
         ("relation_kl", 1, "half_ring", 1.0),
+        ("relation_kl", 1, "half_ring", 6.0),
+        ("relation_kl", 1, "ring", 6.0),
         ("relation_kl", 2, "ring", 1.0),
         ("relation_match", 3, "ring", 1.0),
         ("relation_match", 3, "half_ring", 1.0),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tests.train.test_plan import FUSION, backward, build_model, config_of, measured_peak
+from tests.train.test_plan import COVLR, FUSION, RVLR_ALONE, backward, build_model, config_of, measured_peak
 from vlscale.distributed import count_traffic
 from vlscale.train.engine import Engine, start_ranks
 
@@ -17,6 +17,17 @@ RUNS = {
     "bf16": ["engine.zero_stage=2", "engine.dtype=bf16"],
     "fusion": ["engine.zero_stage=2", FUSION],
     "fusion by chunks": ["engine.zero_stage=2", FUSION, "objective.mlm_weight=1", "train.chunk_size=16"],
+    "covlr": ["engine.zero_stage=2", *COVLR],
+    "covlr, half ring": ["engine.zero_stage=2", *COVLR, "engine.comm=half_ring"],
+    "rvlr": ["engine.zero_stage=2", *RVLR_ALONE],
+    "rvlr, half ring": ["engine.zero_stage=2", *RVLR_ALONE, "engine.comm=half_ring"],
+    "rvlr, kl": ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=kl"],
+    "rvlr, kl, ring": ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=kl", "engine.comm=ring"],
+    "rvlr, kl, half ring": [
+        *("engine.zero_stage=2", "objective.relation_distance=kl", "engine.comm=half_ring", *RVLR_ALONE)
+    ],
+    "rvlr, mse": ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=mse"],
+    "rvlr, wasserstein": ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=wasserstein"],
     "losses": ["engine.zero_stage=2", "train.accumulate_losses=2"],
 }
 

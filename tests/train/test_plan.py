@@ -25,6 +25,8 @@ from vlscale.distributed import Ranks
 from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from vlscale.models.masked_head import MaskedHead
+from vlscale.models.rows import unit
+from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.objectives.masked_language import Words
 from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import Config
@@ -88,6 +90,8 @@ def build_model(config: Config) -> DualEncoder:
     model = build_dual_encoder(config.model)
     if config.objective.mlm_weight > 0:
         model.masked_head = MaskedHead(model.fusion.width, 500)
+    if config.objective.name == "rvlr":
+        model.teacher_heads = TeacherHeads(64, 64, 64)
     model.normalise = partial(normalise, spec=ImageSpec(SIDE, (0.5,) * 3, (0.5,) * 3))
     return model
 
@@ -103,8 +107,17 @@ def backward(engine: Engine, config: Config, ranks: Ranks) -> None:
             keys=range(local), pair_id=pair_id, positions=pair_id, input_ids=ids, attention_mask=ids
         )
         given = Draws().fusing(batch, given, Words(500, 2, np.array([0])), config.objective, ranks)
+    teachers = {}
+    if config.teacher.source != "none":
+        dtype = next(engine.module.parameters()).dtype
+        teachers = {name: unit(torch.randn(local, 64)).to(dtype) for name in ("teacher_image", "teacher_text")}
+    if config.objective.name == "rvlr":
+        given |= teachers
     out = engine(**given)
-    rows = Embedded(out.image, out.text, out.logit_scale, out.logit_bias, pair_id)
+    rows = Embedded(out.image, out.text, out.logit_scale, out.logit_bias, pair_id, **teachers)
+    if out.teacher:
+        projected = {"projected_teacher_image": out.teacher.image, "projected_teacher_text": out.teacher.text}
+        rows = replace(rows, text_share=out.teacher.text_share, **projected)
     if out.fused:
         rows = replace(rows, fused=out.fused.cls, matching=out.fused.matching, masked=out.fused.masked)
     engine.backward(total_loss(rows, config.objective, ranks, config.engine.comm)[0])
@@ -159,9 +172,13 @@ COVLR = ["objective.name=covlr", "teacher.source=cache", "teacher.cache=none"]
         ["engine.zero_stage=2", FUSION, "objective.mlm_weight=1"],
         ["engine.zero_stage=3", FUSION, "objective.mlm_weight=1", "train.chunk_size=16"],
         ["engine.zero_stage=2", FUSION, "engine.dtype=bf16"],
+        ["engine.zero_stage=2", *RVLR_ALONE],
+        ["engine.zero_stage=0", *RVLR_ALONE, "objective.relation_distance=kl", "train.chunk_size=16"],
+        ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=mse", "engine.dtype=bf16"],
+        ["engine.zero_stage=0", *RVLR_ALONE, FUSION, "objective.itm_weight=1"],
         ["engine.zero_stage=2", FUSION, "engine.activation_checkpointing=true"],
     ],
-    ids=lambda overrides: " ".join(o.split(".", 1)[1] for o in overrides if o not in COVLR),
+    ids=lambda overrides: " ".join(o.split(".", 1)[1] for o in overrides if "teacher" not in o),
 )
 def test_the_peak_is_within_15_percent_of_the_measured_one(ranks, tmp_path, overrides):
     """Measured again where it is not: after many other runs in one process the profiler once counted 12 MB more."""
@@ -219,6 +236,23 @@ def test_a_meta_step_is_counted_by_its_passes(meta, towers, losses):
     assert plan.memory.get("meta step", 0) == (4 * plan.learned * (kept + 1) if kept else 0)
     more = plan.traffic["gradients"] - joint.traffic["gradients"]
     assert more == pytest.approx(0.75 * 8 * kept * plan.learned, abs=1)
+
+
+def test_rvlr_is_counted_by_its_terms():
+    """Contrasts itc, iic, ttc; relations of pictures and of captions to both teachers' mixture, and of each teacher to
+    it, where only the mixture learns; the projections of both teachers and the mixture's weight."""
+    plain, plan = planned(config_of()), planned(config_of(*RVLR_ALONE))
+    heads = TeacherHeads(64, 64, 64)
+    assert plan.learned - plain.learned == sum(p.numel() for p in heads.parameters()) == 2 * 64 * 64 + 1
+    match = 2 * (2 * PAIRS**2 * (192 + 192)) + 2 * (2 * PAIRS**2 * (192 + 128))
+    assert plan.operations["losses"] == 3 * plain.operations["losses"] + match
+    projections = 2 * (2 * PAIRS * 64 * 64)
+    assert plan.operations["teachers"] == 2 * projections  # forward, and the weights' gradient
+    by_kl = planned(config_of(*RVLR_ALONE, "objective.relation_distance=kl"))
+    assert by_kl.operations["losses"] - plan.operations["losses"] == 4 * 2 * PAIRS**2 * 192  # both sides once more
+    crossed = planned(config_of(*RVLR_ALONE, "objective.cross_modal_relation=true"))
+    assert crossed.operations["losses"] - plan.operations["losses"] == 2 * PAIRS**2 * (256 + 256)
+    assert not any("rvlr" in note for note in plan.notes)
 
 
 def test_operations_are_those_of_the_layers():

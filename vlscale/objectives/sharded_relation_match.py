@@ -106,7 +106,8 @@ def _mae(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str, ranks: Ra
         "cosine",
         False,
     )
-    toward = joined if want[1] else student
+    negated = replace(teacher, weights=-teacher.weights)
+    toward = joined if all(want) else student if want[0] else negated
     collected = [Collected(toward)] if any(want) else []
     total = student.weights.new_zeros((), dtype=torch.float64)
     blocks = make_blocks(comm, ranks)
@@ -114,7 +115,9 @@ def _mae(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str, ranks: Ra
     def visit(block):
         columns = torch.cat([part.to(student.weights.dtype) for part in block.held], 1)
         difference = joined.against(columns, block)
-        target = difference if want[1] else student.against(block.held[0], block) if want[0] else None
+        target = None
+        if any(want):
+            target = difference if all(want) else toward.against(block.held[want[1]], block)
         part, gradient = p.relation_mae_sweep(difference, target, p.Sweep(block.role), block.offset)
         total.add_(part)
         return collected[0].add(gradient, block) if collected else []
@@ -149,12 +152,14 @@ def _mae_in_triton(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str,
 
 
 def _split(collected: Sequence[Collected], width: int, want: tuple[bool, bool]) -> list[Tensor | None]:
-    """The gradient of the joined embeddings as those of student, its weight, teacher, weights."""
+    """The gradient of the sides that are wanted, of both at once the joined embeddings', as those of student, its
+    weight, teacher, weights."""
     if not collected:
         return [None] * 4
     rows, weights = collected[0].rows, collected[0].weights
-    of_student = [rows[:, :width], weights[:1]] if want[0] else [None, None]
-    return [*of_student, rows[:, width:], -weights[1:]] if want[1] else [*of_student, None, None]
+    if all(want):
+        return [rows[:, :width], weights[:1], rows[:, width:], -weights[1:]]
+    return [rows, weights, None, None] if want[0] else [None, None, rows, -weights]
 
 
 def _wasserstein(sides: tuple[Side, Side], want: tuple[bool, bool], comm: str, ranks: Ranks) -> Computed:

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from vlscale.config import PlannedRun
 from vlscale.data.lanes import choose_lanes
 from vlscale.train.memory_plan_facts import MASTER, Run, gather_facts
+from vlscale.train.memory_plan_losses import loss_bytes, loss_operations, loss_traffic
 
 BUCKET = 500_000_000  # numbers: DeepSpeed's default reduce_bucket_size
 LIVE = 1_000_000_000  # numbers: DeepSpeed's default stage3_max_live_parameters
-IDS = 20  # bytes of a pair's id, and of its sums over positives
 PLACE = 8  # bytes of a place in the global batch
-WAVE_BYTES = 1 << 30  # the Triton losses' at their largest
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,6 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
         notes.append("meta.mode=heads: what differentiating the contrast twice adds to the losses is not counted")
     if config.data.decode == "device":
         notes.append("data.decode=device: the decoded pictures, of any sizes, are not counted")
-    if config.objective.name == "rvlr":
-        notes.append("the projections of the teachers' embeddings and rvlr's own terms are not counted")
     return RunPlan(
         name=run.name,
         world_size=world_size,
@@ -112,7 +109,7 @@ def _persistent(run: Run) -> tuple[dict[str, int], dict[str, int]]:
 def _passing(run: Run) -> dict[str, int]:
     """What is there for a part of the step."""
     stage = run.stage
-    passing = {"inputs": _input_bytes(run), "activations": _activation_bytes(run), "loss": _loss_bytes(run)}
+    passing = {"inputs": _input_bytes(run), "activations": _activation_bytes(run), "loss": loss_bytes(run)}
     if stage < 3:
         passing["gradients"] = run.learned * run.gradient_size // (run.world if stage == 2 else 1)
     if stage in (1, 2):
@@ -164,71 +161,41 @@ def _bucket_bytes(run: Run) -> int:
 
 
 def _input_bytes(run: Run) -> int:
-    """All views of a rank's pictures, uint8 until a tower takes them or floats that the device makes, and captions."""
+    """All views of a rank's pictures, uint8 until a tower takes them or floats that the device makes, captions, and
+    the teachers' embeddings."""
     pixel = run.size if run.config.data.decode == "device" else 1
-    return run.rows["vision"] * 3 * run.side**2 * pixel + 2 * 8 * run.rows["text"] * run.config.model.text.max_length
+    teachers = run.local * sum(run.teacher_width(name) for name in run.rows) * (run.config.teacher.source != "none")
+    return (
+        run.rows["vision"] * 3 * run.side**2 * pixel
+        + 2 * 8 * run.rows["text"] * run.config.model.text.max_length
+        + teachers * run.size
+    )
 
 
 def _activation_bytes(run: Run) -> int:
     """Unchunked, the vision tower's wait while the text tower goes forward and back; by chunks, one tower's at a time,
     beside the embeddings of all rows, their copies in one piece and their gradients. With a fusion encoder both towers'
     wait for it, and by chunks the negatives of all pairs too."""
+    heads = run.heads.saved if run.heads else 0
     if not run.chunked:
-        return (run.passes.at_once - 1) * run.once.saved + run.once.peak
+        return (run.passes.at_once - 1) * run.once.saved + run.once.peak + heads
     embeddings = sum(run.rows.values()) * run.config.model.embed_dim * run.size
     negatives = run.local * run.fused.there if run.fuses else 0
-    return 3 * run.passes.at_once * embeddings + negatives + run.once.peak
-
-
-def _terms(run: Run) -> tuple[int, list[int]]:
-    """How many losses contrast two embeddings, and the width of student and teacher together in each that holds
-    relations."""
-    o, width = run.config.objective, run.config.model.embed_dim
-    contrasts = [o.contrastive_weight, o.view_weight, o.caption_weight]
-    weights = {"vision": o.image_relation_weight, "text": o.text_relation_weight}
-    relations = [width + run.teacher_widths.get(name, width) for name, weight in weights.items() if weight > 0]
-    return sum(weight > 0 for weight in contrasts), relations
-
-
-def _loss_bytes(run: Run) -> int:
-    """Rows of other ranks that a loss holds, gradients in float32, sums, and the tiles of the widest one.
-
-    By gather a contrast holds the N columns and their gradients; by ring three blocks of b.
-    """
-    contrasts, relations = _terms(run)
-    width, everyone = run.config.model.embed_dim, run.config.train.global_batch_size
-    away = everyone if run.comm == "gather" else 3 * run.local
-    held = away * run.size * (run.world > 1)
-    sums = 6 * MASTER * (everyone + run.local)
-    contrast = width * (held + MASTER * (away if run.world > 1 else everyone) + MASTER * run.local) + sums
-    relation = sum(both * held + width * MASTER * run.local + sums for both in relations)
-    tile = min(run.local, 512) * min(everyone, 2048) * MASTER * 4
-    wave = min(run.local, 8192) * min(everyone, 65536) * 2 if run.config.objective.impl != "chunked" else 0
-    return contrasts * contrast + relation + max(tile, min(wave, WAVE_BYTES))
+    return 3 * run.passes.at_once * embeddings + negatives + run.once.peak + heads
 
 
 def traffic(run: Run) -> dict[str, int]:
     """Bytes that a rank receives in one update, by what they are for; stages 2 and 3 reduce after every loss.
 
-    A contrast by gather: (W-1)/W N (D e + 4 D + 8), columns there, their gradients back in float32, sums; by ring
-    (W-1) b (2 D e + 4) + N (4 D + 4), columns in both passes, gradients and sums all the way round; and IDS of a pair
-    for pair ids. Relations: (W-1)/W N (e (D + D_teacher) + 8), which a half ring does not change much. Gradients and
-    weights: (W-1)/W of them for each time that they travel; a meta step's own gradients go to all, in float32.
-    Hard negatives: (W-1)/W N (2 D e + 32) to choose them, with ids, places and what is asked for; then their tokens and
-    the gradients of these, or by chunks their inputs, of the (W-1)/W b that other ranks hold when all are as likely.
+    Gradients and weights: (W-1)/W of them for each time that they travel; a meta step's own gradients go to all, in
+    float32. Hard negatives: (W-1)/W N (2 D e + 32) to choose them, with ids, places and what is asked for; then their
+    tokens and the gradients of these, or by chunks their inputs, of the (W-1)/W b that other ranks hold when all are as
+    likely.
     """
     if run.world == 1:
         return {}
-    contrasts, relations = _terms(run)
     stage, everyone, width = run.stage, run.config.train.global_batch_size, run.config.model.embed_dim
     others = (run.world - 1) / run.world
-    if run.comm == "gather":
-        contrast = others * (everyone * width * (run.size + MASTER) + 8 * everyone)
-    else:
-        columns = (run.world - 1) * run.local * (2 * width * run.size + 4)
-        contrast = columns + everyone * (MASTER * width + 4)
-    contrast += others * everyone * IDS
-    relation = sum(others * everyone * (both * run.size + 8) for both in relations)
     chosen = travelled = 0.0
     if run.fuses and run.config.objective.matching_weight > 0:
         chosen = others * everyone * (2 * width * run.size + 4 * PLACE)
@@ -239,7 +206,7 @@ def traffic(run: Run) -> dict[str, int]:
     passes = again * max(run.forwards.values()) * run.passes.towers * run.losses
     weights = {0: 0.0, 1: 1.0, 2: 1.0, 3: passes}[stage]
     return {
-        "losses": int(contrasts * contrast * run.passes.consistency + relation) * run.losses,
+        "losses": loss_traffic(run) * run.losses,
         **({"negatives": int(chosen + travelled * run.passes.towers) * run.losses} if chosen else {}),
         "gradients": int(gradients),
         "weights, at most" if stage == 3 else "weights": int(others * run.parameters * run.size * weights),
@@ -248,8 +215,6 @@ def traffic(run: Run) -> dict[str, int]:
 
 def operations(run: Run) -> dict[str, int]:
     """Multiplications and additions of a rank in one update: products only, as FLOP counters count."""
-    contrasts, relations = _terms(run)
-    everyone, width = run.config.train.global_batch_size, run.config.model.embed_dim
     seen = [(run.towers[name], count) for name, count in run.forwards.items()]
     choosing = 0
     if run.fuses:
@@ -258,10 +223,11 @@ def operations(run: Run) -> dict[str, int]:
             choosing = sum(tower.forward_flops for tower in run.towers.values()) * count * run.losses
         seen = [(run.fused, count)]
     towers = sum(count * ((1 + (count > 1)) * cost.forward_flops + cost.backward_flops) for cost, count in seen)
-    contrast = 8 * everyone**2 * width
-    relation = sum(4 * everyone**2 * both + 2 * everyone**2 * width for both in relations)
+    teachers = sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once)
+    if run.heads is not None:
+        teachers += run.heads.forward_flops + run.heads.backward_flops
     return {
         "towers": towers * run.passes.towers * run.losses + choosing,
-        "teachers": sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once) * run.losses,
-        "losses": (contrasts * contrast * run.passes.consistency + relation) // run.world * run.losses,
+        "teachers": teachers * run.losses,
+        "losses": loss_operations(run) * run.losses,
     }

@@ -11,7 +11,14 @@ from vlscale.distributed.blocks import choose_comm
 from vlscale.models.dual_encoder import final_folder
 from vlscale.sections import Config, ModelConfig
 from vlscale.train.deepspeed_json import json_for_deepspeed
-from vlscale.train.memory_plan_trace import FusedCost, TowerCost, picture_side, trace_fused, trace_towers
+from vlscale.train.memory_plan_trace import (
+    FusedCost,
+    TowerCost,
+    picture_side,
+    trace_fused,
+    trace_teacher_heads,
+    trace_towers,
+)
 
 MASTER = 4  # bytes of a master weight, of a moment, and of a gradient inside a loss
 
@@ -29,6 +36,7 @@ class Run:
     side: int  # of a picture, in pixels
     zero: dict[str, Any]  # DeepSpeed's `zero_optimization`
     fused: FusedCost | None = None  # where the model has a fusion encoder: of the rows of one chunk
+    heads: TowerCost | None = None  # rvlr's projections of its teachers' embeddings, of a rank's rows
 
     @property
     def fuses(self) -> bool:
@@ -37,7 +45,7 @@ class Run:
     @property
     def parts(self) -> list[TowerCost]:
         """What the parameters are in."""
-        return [*self.towers.values(), *([self.fused] if self.fused else [])]
+        return [*self.towers.values(), *(part for part in (self.fused, self.heads) if part is not None)]
 
     @property
     def once(self) -> "Once":
@@ -54,6 +62,10 @@ class Run:
                 vision.saved + text.peak_with_gradients, text.learned * self.size + vision.peak_with_gradients
             ),
         )
+
+    def teacher_width(self, modality: str) -> int:
+        """Of its embeddings; those of a cache are counted as wide as the student's."""
+        return self.teacher_widths.get(modality, self.config.model.embed_dim)
 
     @property
     def local(self) -> int:
@@ -170,6 +182,9 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
     if config.model.fusion is not None:
         fused = trace_fused(config, rows, whole.at_once, chunk=whole.at_once < whole.local)
     whole = replace(whole, towers=towers, forwards=forwards, teachers=teachers, teacher_widths=widths, fused=fused)
+    if config.objective.name == "rvlr":
+        wide = whole.teacher_width("vision"), whole.teacher_width("text")
+        whole = replace(whole, heads=trace_teacher_heads(config, *wide, whole.local))
     return replace(whole, zero=json_for_deepspeed(config, world, whole.learned)["zero_optimization"])
 
 

@@ -32,6 +32,7 @@ from vlscale.models.fused_pairs import Fused, Fusing, Masked, fuse_chunk
 from vlscale.models.fusion import FusionEncoder, config_for, upper_layers
 from vlscale.models.hf_folder import load_tokenizer
 from vlscale.models.masked_head import MaskedHead
+from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.models.towers import Modality, image_size, one_line, set_dropout
 from vlscale.sections import Config, TextConfig
 
@@ -43,7 +44,7 @@ class TowerCost:
     parameters: int
     learned: int
     largest: int  # numbers in the largest learned parameter
-    width: int  # of what the tower gives before its projection
+    width: int  # of what the tower gives before its projection, or the fusion encoder for a pair
     saved: int  # bytes that wait for the backward
     largest_block: int  # of them, in the block that has most
     peak: int  # bytes at the highest point, without gradients of parameters
@@ -162,8 +163,19 @@ def trace_fused(config: Config, rows: dict[Modality, int], pairs: int, *, chunk:
         found = _one_block_at_a_time(plain, found)
     own = [p for part in (encoder.fusion, encoder.masked_head) if part is not None for p in part.parameters()]
     size, largest = sum(p.numel() for p in own), max(p.numel() for p in own)
-    counted = vars(found) | {"parameters": size, "learned": size, "largest": largest}
+    counted = vars(found) | {"parameters": size, "learned": size, "largest": largest, "width": encoder.fusion.width}
     return FusedCost(**counted, there=there, back=back)
+
+
+def trace_teacher_heads(config: Config, image_width: int, text_width: int, pairs: int) -> TowerCost:
+    """Of the projections of both teachers' embeddings."""
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    with torch.device("meta"):
+        heads = TeacherHeads(image_width, text_width, config.model.embed_dim)
+    with FakeTensorMode():
+        _without_memory(heads, dtype)
+        image, text = (torch.zeros(pairs, width, dtype=dtype) for width in (image_width, text_width))
+        return _trace(heads, lambda *rows: _sum(heads(*rows)), image, text)
 
 
 class _Travelled:
