@@ -39,15 +39,23 @@ def truth(case: o.Case) -> dict[str, torch.Tensor]:
     return o.gradient(replace(case, comm="gather", chunks=1, dtype=torch.float64, impl="reference"), Ranks())
 
 
-def check(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], bound: float) -> None:
-    """Each parameter within `bound` of its gradient, or of a thousandth of the whole where its own is next to zero."""
+def check(
+    got: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    bound: float,
+    dense: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Each parameter within `bound` of its gradient, or of a thousandth of the whole where its own is next to zero; or
+    within ten times the error of the `dense` loss in the same precision."""
     assert got.keys() == exact.keys()
     parameters = [value for name, value in exact.items() if name != "loss"]
     floor = 1e-3 * torch.cat([value.flatten() for value in parameters]).norm() / len(parameters) ** 0.5
     assert floor > 0
     for name, value in exact.items():
-        error = (got[name].double() - value).norm() / max(value.norm(), floor)
-        assert error <= bound, f"{name}: off by {error:.1e}"
+        size = max(value.norm(), floor)
+        error = (got[name].double() - value).norm() / size
+        allowed = bound if dense is None else max(bound, 10 * (dense[name].double() - value).norm() / size)
+        assert error <= allowed, f"{name}: off by {error:.1e}"
 
 
 def bound_of(case: o.Case) -> float:
@@ -75,7 +83,13 @@ def test_gradients_over_ranks(found, size, case):
 
 @pytest.mark.parametrize("case", o.TRITON, ids=str)
 def test_gradients_over_ranks_in_triton(found, case):
-    check(found(2)[0]["triton"][str(case)], truth_of(case), bound_of(case))
+    """Over all N^2 relations of long embeddings one pair is all of the teachers' distribution: their gradients are then
+    next to nothing, and float32 loses their digits in the dense loss too."""
+    settings = dict(case.settings)
+    dense = None
+    if case.spread != 1 and settings.get("scope") == "matrix":
+        dense = o.gradient(replace(case, comm="gather", impl="reference"), Ranks())
+    check(found(2)[0]["triton"][str(case)], truth_of(case), bound_of(case), dense)
 
 
 @pytest.mark.parametrize("size", [2, 3])

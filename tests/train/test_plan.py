@@ -30,6 +30,7 @@ from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.objectives.masked_language import Words
 from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import Config
+from vlscale.train.checkpoint_files import Files, HostBuffers
 from vlscale.train.engine import Engine, start_ranks
 from vlscale.train.fusing import Draws
 from vlscale.train.memory_plan import RunPlan, plan_run
@@ -39,6 +40,7 @@ from vlscale.train.steps import STEPS
 ROOT = Path(__file__).resolve().parents[2]
 TOWER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
 PAIRS, SIDE, LENGTH = 64, 32, 16
+BERT = {"model_type": "bert", "vocab_size": 500, "max_position_embeddings": LENGTH + 2}  # as a run fits it
 
 
 def config_of(*overrides: str) -> Config:
@@ -46,7 +48,7 @@ def config_of(*overrides: str) -> Config:
         "embed_dim": 64,
         "dropout": 0.0,
         "vision": {"config": TOWER | {"model_type": "vit", "image_size": SIDE, "patch_size": 8}},
-        "text": {"max_length": LENGTH, "vocab_size": 500, "config": TOWER | {"model_type": "bert", "vocab_size": 500}},
+        "text": {"max_length": LENGTH, "vocab_size": 500, "config": TOWER | BERT},
     }
     buckets = {"zero_optimization": {"reduce_bucket_size": 2_000_000}}
     base = [f"model={json.dumps(model)}", f"engine={{threads: 1, deepspeed: {json.dumps(buckets)}}}"]
@@ -189,6 +191,33 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(ranks, tmp_path, over
         if plan.peak == pytest.approx(measured, rel=0.15):
             break
     assert plan.peak == pytest.approx(measured, rel=0.15), (plan.memory, plan.moments)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.zero_stage=0"],
+        ["engine.zero_stage=1", "optim.name=sgd"],
+        ["engine.zero_stage=2", "engine.dtype=bf16", "train.elastic=true"],
+        ["engine.zero_stage=3", "model.locked=[vision]"],
+    ],
+    ids=" ".join,
+)
+def test_the_copy_that_a_checkpoint_is_written_from_is_counted(ranks, tmp_path, overrides):
+    config = config_of(*overrides)
+    engine = Engine(build_model(config), config, ranks)
+    backward(engine, config, ranks)
+    engine.step()
+    buffers = HostBuffers()
+    files = Files(buffers)
+    engine.save(tmp_path / "checkpoint", files)
+    if config.train.elastic:
+        engine.save_full(files)
+    engine.close()
+    copied = sum(tensor.nbytes for tensor in buffers._used)
+    assert planned(config).host_memory["checkpoint on its way"] == pytest.approx(copied, rel=0.02)
+    at_once = planned(config_of(*overrides, "train.checkpoint_async=false"))
+    assert "checkpoint on its way" not in at_once.host_memory
 
 
 def test_a_fusion_encoder_is_counted_with_what_towers_do_for_it():

@@ -103,7 +103,18 @@ def _persistent(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     for key, parts in (("offload_optimizer", of_optimizer), ("offload_param", ("weights",))):
         if run.offloads(key):
             host |= {part: device.pop(part) for part in parts}
+    if run.config.train.checkpoint_async:
+        host["checkpoint on its way"] = _checkpoint_bytes(run)
     return device, host
+
+
+def _checkpoint_bytes(run: Run) -> int:
+    """Of the copy that rank 0 writes while training goes on, the largest of all: weights as they are, at stage 3 a
+    share of those that do not learn, master weights and moments, and with `train.elastic` these again by parameter."""
+    states = MASTER * (1 + 2 * (run.config.optim.name == "adamw")) * run.learned
+    weights = (run.parameters if run.stage < 3 else (run.parameters - run.learned) // run.world) * run.size
+    own = states // run.sharded if run.stage else states - MASTER * run.learned  # stage 0 has no master weights
+    return weights + own + (states // run.world) * run.config.train.elastic
 
 
 def _passing(run: Run) -> dict[str, int]:
