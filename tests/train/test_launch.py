@@ -1,6 +1,9 @@
 """The real launcher: two gloo ranks under `deepspeed`, every ZeRO stage in one launch, against one process."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,15 @@ def test_a_wrong_config_is_said_once_and_ends_with_2(tiny_config, tmp_path):
     said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1 and "33 cannot be divided by the world size 2" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_training_benchmark_runs_on_a_cpu(tmp_path):
+    """Two runs under the launcher see the same batches: their curves are the same to rounding."""
+    command = [sys.executable, "-m", "vlscale", "bench", "training", "--small", "--steps", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (apart,) = re.findall(r"at most (\S+) of the loss apart", done.stdout)
+    assert float(apart) < 1e-5
+    assert re.search(r"^\| chunked \| \d+ \| [\d.]+ \| [\d.]+ ms \| [\d.]+% \|", done.stdout, flags=re.M)
+    refused = subprocess.run([*command[:5], "--ranks", "64"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "give fewer ranks, or --small" in refused.stderr

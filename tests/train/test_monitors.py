@@ -4,8 +4,10 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlscale.sections import LogConfig
+from vlscale.train.loop import device_memory
 from vlscale.train.monitors import Monitors, check_monitors
 
 
@@ -22,6 +24,14 @@ def write(folder: Path, log: LogConfig, steps: range, offset: float = 0.0) -> No
 def rows(folder: Path) -> list[tuple[str, ...]]:
     with (folder / "monitors" / "metrics.csv").open(newline="") as file:
         return [tuple(row) for row in csv.reader(file)]
+
+
+def test_on_a_gpu_every_step_tells_its_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7_000_000_000)
+    assert device_memory(torch.device("cpu")) == {} and asked == []
+    assert device_memory(torch.device("cuda", 1)) == {"peak_memory": 7_000_000_000}
+    assert asked == [torch.device("cuda", 1)]
 
 
 def test_csv_holds_every_number_once_also_after_a_resume(tmp_path):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from vlscale.data.batch import Batch
 from vlscale.data.manifest import Manifest
 from vlscale.data.samples import check_caption_field, open_corpus
@@ -138,6 +140,11 @@ def train_run(job: Job, *, resume: bool) -> None:
             get_logger().info("%s: finished, model in %s", name, folder / "final")
 
 
+def device_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that tensors took on a GPU so far: rank 0's, of metrics.jsonl."""
+    return {"peak_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
 def _steps(run: Opened, batches: Iterator[Batch], watchdog: Watchdog) -> None:
     config, folder, ranks, name = run.job.config, run.job.folder, run.job.ranks, run.job.name
     train, first_step, engine = config.train, run.step, run.engine
@@ -181,7 +188,7 @@ def _steps(run: Opened, batches: Iterator[Batch], watchdog: Watchdog) -> None:
             values |= stragglers.compare(step)
             if metrics is not None:
                 line = {"step": step} | values | {"lr": trainer.rate(step), "samples": step * train.pairs_a_step}
-                line |= {"seconds": seconds, "epoch": drawn.last.epoch} | facts
+                line |= {"seconds": seconds, "epoch": drawn.last.epoch} | device_memory(ranks.device) | facts
                 metrics.write(line)
                 with optional("what monitors show"):
                     monitors.write(step, line)
