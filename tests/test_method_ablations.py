@@ -31,13 +31,14 @@ def script():
     return runpy.run_path(str(METHOD / "__main__.py"))
 
 
-@pytest.mark.parametrize("name", ["ablations", "fused", "trained-ablations"])
+@pytest.mark.parametrize("name", ["ablations", "fused", "trained-ablations", "pretrained-weights"])
 def test_every_run_of_a_study_without_tuning_is_a_valid_config_of_one_trial(script, name):
     study = script["read_study"](METHOD / f"{name}.yaml")
-    assert study["name"] == name and list(study["levels"]) == ["emoji"] and len(study["seeds"]) == 5
+    levels = ["image-weak", "text-noisy"] if name == "pretrained-weights" else ["emoji"]
+    assert study["name"] == name and list(study["levels"]) == levels and len(study["seeds"]) == 5
     moved = {f"{name}'" for name, own in study["methods"].items() if own.get("theta_prime")}
     assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"]) | moved
-    chosen = script["untuned"](study)["emoji"]
+    chosen = script["untuned"](study)[levels[0]]
     assert chosen.keys() == study["methods"].keys()
     model = {"fusion": {"source": "text"}} if name == "fused" else {}
     for method, own in chosen.items():

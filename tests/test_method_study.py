@@ -13,6 +13,7 @@ import yaml
 from vlscale.config import validate
 from vlscale.evaluate.paired import seed_interval
 from vlscale.resources import benchmarks_folder
+from vlscale.train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = benchmarks_folder() / "method"
@@ -68,7 +69,7 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
     assert len(lines) == 1 + 3 * 3 and lines[1].startswith("clean,0,teachers,10.0000")
 
 
-@pytest.mark.parametrize("name", ["study", "trained"])
+@pytest.mark.parametrize("name", ["study", "trained", "pretrained"])
 def test_every_run_of_a_tuned_study_is_a_valid_config(name):
     study = yaml.safe_load((METHOD / f"{name}.yaml").read_text())
     assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"])
@@ -105,6 +106,28 @@ def test_the_documented_small_study(tmp_path):
     (out / "cells" / "clean-seed-1.json").unlink()
     again = bench()  # goes on: one cell is made anew
     assert again.returncode == 0 and re.findall(r"^\S+: \d+ s", again.stdout, flags=re.M)[0].startswith("clean-seed-1")
+
+
+def test_one_pretraining_a_seed_serves_all_levels(tmp_path):
+    """Towers and teachers of pretrained.yaml: the run is there once, and both levels measure it as their teachers."""
+    study = yaml.safe_load((METHOD / "pretrained.yaml").read_text())
+    scenes = study["recipes"]["scenes"]
+    scenes["optim"]["warmup_steps"], scenes["train"] = 1, {"global_batch_size": 32, "max_steps": 2}
+    scenes["pretrained"] |= {"corpus": {"preset": "clean", "pairs": 128}, "train": {"max_steps": 2}}
+    study |= {"base": str(METHOD / "trained.yaml"), "name": "small", "pairs": 64, "held_out": 64, "seeds": [3]}
+    del study["levels"]["text-generic"]
+    study["methods"] = {name: {"is": study["methods"][name]["is"]} for name in ("contrastive", "joint")}
+    study["comparisons"] = [["joint", "contrastive"]]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(study))
+    given = ["--study", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--processes", "2"]
+    done = subprocess.run([sys.executable, str(METHOD), *given], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("[!.]*.json")}
+    assert cells.keys() == {"image-weak-seed-3", "text-noisy-seed-3"}
+    assert all(own["measured"].keys() == {"teachers", "contrastive", "joint"} for own in cells.values())
+    runs = tmp_path / "out" / "pretrained-seed-3" / "runs"
+    assert (runs / "final").is_dir() and not (runs.parent / "data").exists()
+    assert [line["step"] for line in read_metrics(runs / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_study_of_nothing_is_refused(tmp_path):
