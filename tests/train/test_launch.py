@@ -97,6 +97,6 @@ def test_the_training_benchmark_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (apart,) = re.findall(r"at most (\S+) of the loss apart", done.stdout)
     assert float(apart) < 1e-5
-    assert re.search(r"^\| chunked \| \d+ \| [\d.]+ \| [\d.]+ ms \| [\d.]+% \|", done.stdout, flags=re.M)
+    assert re.search(r"^\| chunked \| [\d,]+ \| [\d.]+ \| [\d.]+ ms \| [\d.]+% \|", done.stdout, flags=re.M)
     refused = subprocess.run([*command[:5], "--ranks", "64"], capture_output=True, text=True)
     assert refused.returncode == 2 and "give fewer ranks, or --small" in refused.stderr
