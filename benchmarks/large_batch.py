@@ -2,7 +2,7 @@
 
     vlscale bench large-batch [--batches 256 512 1024 2048 4096 8192] [--chunk 64] [--write]
 
-About eight minutes on two CPU cores. The real engine (ZeRO-0, AdamW), contrastive loss. Memory is the largest resident
+About ten minutes on two CPU cores. The real engine (ZeRO-0, AdamW), contrastive loss. Memory is the largest resident
 set beyond that of the process once its model, optimizer and input batch are there, in a process of its own for every
 batch and with a malloc that gives freed blocks back, so that it is what is in use. Time is taken in one process: plain
 steps (all activations kept) of the smallest batch before and after every step by chunks, and the ratio of the two, a

@@ -112,13 +112,7 @@ def main() -> None:
             make_corpus(out / "corpus", synth_config("clean", **knobs))
         runs = {impl: run(impl, size, given, out) for impl in size.impls}
         alone = loss_seconds(size, given.batch) if given.ranks == 1 else None
-        found = {
-            "batch": given.batch,
-            "ranks": given.ranks,
-            "runs": runs,
-            "loss alone": alone,
-            "plan": plan(out, given),
-        }
+        found = {"batch": given.batch, "ranks": given.ranks, "runs": runs, "loss alone": alone}
     page = report(found, size, given)
     print(page)
     if given.write:
@@ -128,8 +122,12 @@ def main() -> None:
         plot(runs, RESULTS / f"{stem}.png")
 
 
-def run(impl: str, size: Size, given: argparse.Namespace, out: Path) -> dict[str, list[float]]:
-    """Loss and seconds of every step, and the last peak of memory (bytes), of a run that is made or was complete."""
+def run(impl: str, size: Size, given: argparse.Namespace, out: Path) -> dict:
+    """Loss and seconds of every step, the peak of memory (bytes; None on a CPU) and the plan's, of a run that is made
+    or was complete."""
+    from vlscale.config import load_plan
+    from vlscale.train.memory_plan import plan_runs
+
     vision = {"model_type": "vit", "image_size": size.side, "patch_size": size.patch, **size.tower}
     config = {
         "data": {"train": [f"{out}/corpus/train-*.tar"], "caption_key": "json:captions", "decode": size.decode},
@@ -158,7 +156,8 @@ def run(impl: str, size: Size, given: argparse.Namespace, out: Path) -> dict[str
     return {
         "loss": [line["loss"] for line in lines],
         "seconds": [line["seconds"] for line in lines],
-        "memory": [line["peak_memory"] for line in lines if "peak_memory" in line][-1:],
+        "memory": lines[-1].get("peak_memory"),
+        "planned": plan_runs(load_plan(path), given.ranks)[0].peak,
     }
 
 
@@ -168,7 +167,7 @@ def loss_seconds(size: Size, batch: int) -> dict[str, float]:
 
     from vlscale.kernels import contrastive_loss
 
-    cuda = size.dtype == "bf16"
+    cuda = size is LARGE
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     torch.manual_seed(0)
     rows = [torch.nn.functional.normalize(torch.randn(batch, size.embed_dim, device=device), dim=1) for _ in range(2)]
@@ -186,15 +185,6 @@ def loss_seconds(size: Size, batch: int) -> dict[str, float]:
             taken.append(time.perf_counter() - started)
         found[impl] = statistics.median(taken[3:])
     return found
-
-
-def plan(out: Path, given: argparse.Namespace) -> int:
-    """Bytes that the plan says."""
-    from vlscale.config import load_plan
-    from vlscale.train.memory_plan import plan_runs
-
-    config = next(out.glob("*.yaml"))
-    return plan_runs(load_plan(config), given.ranks)[0].peak
 
 
 def report(found: dict, size: Size, given: argparse.Namespace) -> str:
@@ -222,7 +212,7 @@ def report(found: dict, size: Size, given: argparse.Namespace) -> str:
         alone = found["loss alone"] and found["loss alone"][impl]
         cells = [impl, f"{given.batch / step:,.0f}", f"{step:.4f}"]
         cells += [f"{alone * 1e3:.2f} ms", f"{alone / step:.1%}"] if alone else ["", ""]
-        cells += [f"{own['memory'][0] / 1e9:.2f} GB" if own["memory"] else "", f"{found['plan'] / 1e9:.2f} GB"]
+        cells += [f"{own['memory'] / 1e9:.2f} GB" if own["memory"] else "", f"{own['planned'] / 1e9:.2f} GB"]
         cells += [f"{own['loss'][0]:.4f}", f"{own['loss'][-1]:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"The two curves are at most {apart:.1e} of the loss apart."]

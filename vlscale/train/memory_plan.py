@@ -187,7 +187,7 @@ def _activation_bytes(run: Run) -> int:
     """Unchunked, the vision tower's wait while the text tower goes forward and back; by chunks, one tower's at a time,
     beside the embeddings of all rows, their copies in one piece and their gradients. With a fusion encoder both towers'
     wait for it, and by chunks the negatives of all pairs too."""
-    heads = run.heads.saved if run.heads else 0
+    heads = run.teacher_heads.saved if run.teacher_heads else 0
     if not run.chunked:
         return (run.passes.at_once - 1) * run.once.saved + run.once.peak + heads
     embeddings = sum(run.rows.values()) * run.config.model.embed_dim * run.size
@@ -235,8 +235,8 @@ def operations(run: Run) -> dict[str, int]:
         seen = [(run.fused, count)]
     towers = sum(count * ((1 + (count > 1)) * cost.forward_flops + cost.backward_flops) for cost, count in seen)
     teachers = sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once)
-    if run.heads is not None:
-        teachers += run.heads.forward_flops + run.heads.backward_flops
+    if run.teacher_heads is not None:
+        teachers += run.teacher_heads.forward_flops + run.teacher_heads.backward_flops
     return {
         "towers": towers * run.passes.towers * run.losses + choosing,
         "teachers": teachers * run.losses,

@@ -36,7 +36,7 @@ class Run:
     side: int  # of a picture, in pixels
     zero: dict[str, Any]  # DeepSpeed's `zero_optimization`
     fused: FusedCost | None = None  # where the model has a fusion encoder: of the rows of one chunk
-    heads: TowerCost | None = None  # rvlr's projections of its teachers' embeddings, of a rank's rows
+    teacher_heads: TowerCost | None = None  # rvlr's projections of its teachers' embeddings, of a rank's rows
 
     @property
     def fuses(self) -> bool:
@@ -45,7 +45,7 @@ class Run:
     @property
     def parts(self) -> list[TowerCost]:
         """What the parameters are in."""
-        return [*self.towers.values(), *(part for part in (self.fused, self.heads) if part is not None)]
+        return [*self.towers.values(), *(part for part in (self.fused, self.teacher_heads) if part is not None)]
 
     @property
     def once(self) -> "Once":
@@ -184,7 +184,7 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
     whole = replace(whole, towers=towers, forwards=forwards, teachers=teachers, teacher_widths=widths, fused=fused)
     if config.objective.name == "rvlr":
         wide = whole.teacher_width("vision"), whole.teacher_width("text")
-        whole = replace(whole, heads=trace_teacher_heads(config, *wide, whole.local))
+        whole = replace(whole, teacher_heads=trace_teacher_heads(config, *wide, whole.local))
     return replace(whole, zero=json_for_deepspeed(config, world, whole.learned)["zero_optimization"])
 
 
