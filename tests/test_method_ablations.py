@@ -31,10 +31,11 @@ def script():
     return runpy.run_path(str(METHOD / "__main__.py"))
 
 
-@pytest.mark.parametrize("name", ["ablations", "fused", "trained-ablations", "pretrained-weights"])
+@pytest.mark.parametrize("name", ["ablations", "fused", "trained-ablations", "pretrained-weights", "pretrained-parts"])
 def test_every_run_of_a_study_without_tuning_is_a_valid_config_of_one_trial(script, name):
     study = script["read_study"](METHOD / f"{name}.yaml")
-    levels = ["image-weak", "text-noisy"] if name == "pretrained-weights" else ["emoji"]
+    of_scenes = {"pretrained-weights": ["image-weak", "text-noisy"], "pretrained-parts": ["image-weak"]}
+    levels = of_scenes.get(name, ["emoji"])
     assert study["name"] == name and list(study["levels"]) == levels and len(study["seeds"]) == 5
     moved = {f"{name}'" for name, own in study["methods"].items() if own.get("theta_prime")}
     assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"]) | moved

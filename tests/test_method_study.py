@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 
-from vlscale.config import validate
 from vlscale.evaluate.paired import seed_interval
 from vlscale.resources import benchmarks_folder
 from vlscale.train.metrics_file import read_metrics
@@ -65,20 +65,51 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
     assert "| contrastive | 20.0 |" in page and "| joint | 20.0 | 22.0 |" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| joint - contrastive |")]
     assert "+0.0 [+0.0, +0.0]" in row and "**+2.0 [+1.2, +2.8]**" in row
+    assert "mixture" not in page
+    for seed, cell in table["clean"].items():
+        cell["joint"]["mixture_text"] = 0.5 + seed / 100
+    told = "Weight of the text in the mixture of `joint` at its last step, by seed: 0.500, 0.510, 0.520.\n"
+    assert told in analyse.markdown(study, table, {})
     lines = analyse.as_csv(study, table).splitlines()
     assert len(lines) == 1 + 3 * 3 and lines[1].startswith("clean,0,teachers,10.0000")
 
 
-@pytest.mark.parametrize("name", ["study", "trained", "pretrained"])
-def test_every_run_of_a_tuned_study_is_a_valid_config(name):
+@pytest.mark.parametrize("name", ["study", "trained", "pretrained", "pretrained-tuned"])
+def test_every_run_of_a_tuned_study_gets_as_many_trials(name):
     study = yaml.safe_load((METHOD / f"{name}.yaml").read_text())
     assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"])
-    trials = {len(own["grid"]) for own in study["methods"].values()}
-    assert len(trials) == 1  # the same effort for every method
-    for method, own in study["methods"].items():
-        for trial in own["grid"]:
-            values = {key: own["is"].get(key, {}) | trial.get(key, {}) for key in {**own["is"], **trial}}
-            validate(values | {"teacher": {"source": "frozen_copy"}}, method)
+    assert len({len(own["grid"]) for own in study["methods"].values()}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in METHOD.glob("*.yaml")))
+def test_every_study_that_is_kept_can_begin(name, tmp_path, monkeypatch):
+    """Every plan that its cells would train is accepted: nothing is run."""
+    script = runpy.run_path(str(METHOD / "__main__.py"))
+    asked = []
+    monkeypatch.setitem(script["main"].__globals__, "_finished", lambda job, path: asked.append(job))
+    given = ["--study", str(METHOD / f"{name}.yaml"), "--out", str(tmp_path), "--emoji", str(tmp_path)]
+    if script["untuned"](script["read_study"](METHOD / f"{name}.yaml")) is None:
+        with pytest.raises(SystemExit, match="a tuning cell failed"):
+            script["main"](given)
+    else:
+        assert script["main"](given) == 1  # every cell is asked for and none is made
+    assert asked and all(job["runs"] for job in asked)
+
+
+@pytest.mark.parametrize(
+    "method, problem",
+    [
+        ({"joint-0.3": {"is": {}}}, "names in `variants` are of letters, digits, - and _, got 'joint-0.3'"),
+        ({"joint": {"is": {"objective": {"name": "kovlr"}}}}, "(joint): objective.name"),
+    ],
+)
+def test_a_study_with_a_run_that_cannot_be_trained_is_refused_at_once(method, problem, tmp_path):
+    own = {"base": str(METHOD / "pretrained.yaml"), "methods": method, "comparisons": []}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(own))
+    given = [sys.executable, str(METHOD), "--study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 2 and f"config {tmp_path}/bad.yaml" in done.stderr and problem in done.stderr
+    assert not list((tmp_path / "out" / "cells").iterdir())
 
 
 def test_the_documented_small_study(tmp_path):
@@ -116,15 +147,18 @@ def test_one_pretraining_a_seed_serves_all_levels(tmp_path):
     scenes["pretrained"] |= {"corpus": {"preset": "clean", "pairs": 128}, "train": {"max_steps": 2}}
     study |= {"base": str(METHOD / "trained.yaml"), "name": "small", "pairs": 64, "held_out": 64, "seeds": [3]}
     del study["levels"]["text-generic"]
-    study["methods"] = {name: {"is": study["methods"][name]["is"]} for name in ("contrastive", "joint")}
-    study["comparisons"] = [["joint", "contrastive"]]
+    study["methods"] = {name: {"is": study["methods"][name]["is"]} for name in ("contrastive", "rvlr")}
+    study["comparisons"] = [["rvlr", "contrastive"]]
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(study))
     given = ["--study", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--processes", "2"]
     done = subprocess.run([sys.executable, str(METHOD), *given], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("[!.]*.json")}
     assert cells.keys() == {"image-weak-seed-3", "text-noisy-seed-3"}
-    assert all(own["measured"].keys() == {"teachers", "contrastive", "joint"} for own in cells.values())
+    assert all(own["measured"].keys() == {"teachers", "contrastive", "rvlr"} for own in cells.values())
+    learned = {own["measured"]["rvlr"]["mixture_text"] for own in cells.values()}
+    assert len(learned) == 2 and all(0.4 < w < 0.6 for w in learned)
+    assert all("mixture_text" not in own["measured"]["contrastive"] for own in cells.values())
     runs = tmp_path / "out" / "pretrained-seed-3" / "runs"
     assert (runs / "final").is_dir() and not (runs.parent / "data").exists()
     assert [line["step"] for line in read_metrics(runs / "metrics.jsonl")] == [1, 2]

@@ -178,12 +178,13 @@ def _shown(dotted: str) -> str:
 
 
 def _named(value: Any, key: str, path: str | Path) -> dict[str, dict[str, Any]]:
-    plain = isinstance(value, dict) and all(
-        isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum() and isinstance(own, dict | None)
-        for name, own in value.items()
-    )
-    if not plain:
-        raise ValueError(f"config {path}: `{key}` maps names (letters, digits, - and _) to sections, got {value!r}")
+    if not isinstance(value, dict):
+        raise ValueError(f"config {path}: `{key}` maps names to sections, got {value!r}")
+    for name, own in value.items():
+        if not (isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()):
+            raise ValueError(f"config {path}: names in `{key}` are of letters, digits, - and _, got {name!r}")
+        if not isinstance(own, dict | None):
+            raise ValueError(f"config {path}: `{key}` maps names to sections, got {own!r} for {name!r}")
     return {name: own or {} for name, own in value.items()}
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from analyse import write_study  # noqa: E402
+from cell import plan_of  # noqa: E402
+
+from vlscale.config import load_plan  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,20 +61,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     common = {"threads": 1, "emoji": given.emoji and str(given.emoji), **{k: study[k] for k in ("pairs", "held_out")}}
 
-    def cell(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict | None:
+    def job(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict:
         level = study["levels"][level_name]
-        result = cells / f"{name}.json"
-        job = common | {
+        return common | {
             "name": name, "level": level, "level_name": level_name, "seed": seed, "split": split, "runs": runs,
             "recipe": study["recipes"][level.get("recipe", "scenes")],
             "theta_prime": [method for method in runs if study["methods"].get(method, {}).get("theta_prime")],
-            "folder": str((given.out / "work" / name).resolve()), "result": str(result.resolve()),
+            "folder": str((given.out / "work" / name).resolve()), "result": str((cells / f"{name}.json").resolve()),
             "pretrained": str((given.out / f"pretrained-seed-{seed}").resolve()),
         }  # fmt: skip
-        return _finished(job, cells / f".{name}.job.json")
 
+    def cell(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict | None:
+        return _finished(job(name, level_name, seed, split, runs), cells / f".{name}.job.json")
+
+    tuning = [] if untuned(study) else tuned_levels(study)
+    try:
+        for level in study["levels"]:
+            runs = (untuned(study) or {tuned_on(study, level): trial_runs(study)})[tuned_on(study, level)]
+            refuse_bad_runs(job("check", level, 0, "val", runs), given.study)
+    except ValueError as problem:
+        parser.error(str(problem))
     with ThreadPoolExecutor(given.processes) as pool:
-        tuning = [] if untuned(study) else tuned_levels(study)
         trials = pool.map(
             lambda level: cell(f"tuning-{level}", level, study["tuning_seed"], "val", trial_runs(study)), tuning
         )
@@ -125,6 +136,18 @@ def trial_runs(study: dict) -> dict[str, dict]:
         for method, own in study["methods"].items()
         for place, trial in enumerate(own["grid"])
     }
+
+
+def refuse_bad_runs(job: dict, study: Path) -> None:
+    """ValueError that names the study's file where a cell's own plan would be refused, perhaps hours later."""
+    plan = plan_of(job, ["train.tar"], "begun" if "pretrained" in job["recipe"] else None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.yaml"
+        path.write_text(yaml.safe_dump(plan, sort_keys=False))
+        try:
+            load_plan(path)
+        except ValueError as problem:
+            raise ValueError(str(problem).replace(str(path), str(study))) from None
 
 
 def choose(study: dict, trial: dict | None) -> dict[str, dict]:

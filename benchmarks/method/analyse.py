@@ -82,6 +82,8 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
         for method in next(iter(by_seed.values())):
             means = [np.mean([cell[method][endpoint] for cell in by_seed.values()]) for endpoint in names]
             lines.append(f"| {method} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+        for method, shares in _mixtures(by_seed).items():
+            lines += ["", f"Weight of the text in the mixture of `{method}` at its last step, by seed: {shares}."]
         lines += ["", "| difference | " + " | ".join(names.values()) + " |", "| --- |" + " ---: |" * len(names)]
         for first, second in study["comparisons"]:
             shown = [_difference(paired(by_seed, first, second, endpoint)) for endpoint in names]
@@ -93,6 +95,12 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
     for level, methods in chosen.items():
         lines += [f"| {level} | {method} | `{json.dumps(own)}` |" for method, own in methods.items()]
     return "\n".join(lines) + "\n"
+
+
+def _mixtures(by_seed: dict[int, dict]) -> dict[str, str]:
+    """RVLR's learned w, of the methods that have one."""
+    learned = [name for name, own in next(iter(by_seed.values())).items() if "mixture_text" in own]
+    return {name: ", ".join(f"{cell[name]['mixture_text']:.3f}" for cell in by_seed.values()) for name in learned}
 
 
 def _difference(differences: np.ndarray) -> str:

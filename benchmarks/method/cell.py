@@ -21,6 +21,7 @@ from theta_prime import save_at_theta_prime
 from vlscale.config import load_plan
 from vlscale.data.synth import make_corpus, synth_config
 from vlscale.evaluate.run import EvalRequest, evaluate_model
+from vlscale.train.metrics_file import read_metrics
 from vlscale.train.plan import train_plan
 
 TEST_SEEDS = 10_000  # the test split of a seed is the held-out split of another corpus, of seed + this
@@ -46,7 +47,7 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
     )
     runs = folder / "runs"
     begun = _pretrained(job) if "pretrained" in job["recipe"] else None
-    _train(_plan(job, data["train"], begun), folder / "plan.yaml")
+    _train(plan_of(job, data["train"], begun), folder / "plan.yaml")
     recipe, measured = job["recipe"].get("eval", {}), {}
     for name in job.get("theta_prime", []):
         save_at_theta_prime(runs / name, runs / f"{name}'")
@@ -66,8 +67,16 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
         }
         measured[name]["reranked"] = result["reranked:rsum" if matches else "rsum"].value
         measured[name]["single"] = (measured[name]["i2i"] + measured[name]["t2t"]) / 2
+        measured[name] |= _mixture(runs / name / "metrics.jsonl")
     shutil.rmtree(folder)
     return measured
+
+
+def _mixture(metrics: Path) -> dict[str, float]:
+    """The weight of the text that RVLR learned, as its last step had it; nothing of other methods."""
+    steps = read_metrics(metrics) if metrics.exists() else []
+    shares = [line["mixture_text"] for line in steps if "mixture_text" in line]
+    return {"mixture_text": shares[-1]} if shares else {}
 
 
 def _matches(overrides: dict) -> bool:
@@ -134,7 +143,7 @@ def _common(job: dict, train: list[str], folder: Path) -> dict:
     return recipe | {"engine": {"zero_stage": 0, "threads": job["threads"]}, "log": {"progress": False}}
 
 
-def _plan(job: dict, train: list[str], begun: str | None) -> dict:
+def plan_of(job: dict, train: list[str], begun: str | None) -> dict:
     """Teachers, and every method from their weights; or every method from a run that has `begun`."""
     stages, start = {}, begun
     if begun is None:
