@@ -2,9 +2,10 @@
 # The whole measurement of the kernels on one GPU, in one call of under nine minutes: bash benchmarks/gpu_all.sh [FOLDER]
 #
 # Tests of the kernels, compute-sanitizer on small sizes, errors and times against peers, plots, driver and clocks; all
-# in FOLDER (or $OUT, or runs/gpu). Each part has its own limit; one that fails or runs out is reported and the others go
-# on. Needs python3 with torch, triton, numpy, pytest and matplotlib; peers that are not installed are named in the
-# tables. The same call later goes on with the times. --cpu-smoke: the same parts, tiny, without a GPU.
+# in FOLDER (runs/gpu); where OUT names a folder, gpu_all.tar.gz of it, summary and tables come there too. Each part
+# has its own limit; one that fails or runs out is reported and the others go on. Needs python3 with torch, triton, numpy,
+# pytest and matplotlib; peers that are not installed are named in the tables. COMMIT says what is measured where there is
+# no git. The same call later goes on with the times. --cpu-smoke: the same parts, tiny, without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,12 +14,12 @@ folder=
 for given in "$@"; do
   case $given in
     --cpu-smoke) smoke=1 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     -*) echo "error: $given: expected FOLDER or --cpu-smoke" >&2; exit 2 ;;
     *) folder=$given ;;
   esac
 done
-folder=${folder:-${OUT:-runs/gpu}}
+folder=${folder:-runs/gpu}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 python=${PYTHON:-python3}
@@ -44,7 +45,7 @@ part() {
 
 machine() {
   date -u +%FT%TZ
-  git describe --always --dirty 2>/dev/null || true
+  git describe --always --dirty 2>/dev/null || echo "commit ${COMMIT:-unknown}"
   uname -srm
   if command -v nvidia-smi >/dev/null; then
     nvidia-smi
@@ -80,11 +81,12 @@ if [ -n "$smoke" ]; then
   pictures=(--device cpu --batch 2 --rounds 3)
   small=(--accuracy --device cpu --pairs 65 --widths 16 --scales 100 --without compiled)
 else
-  tests=(tests/kernels)
-  "$python" -c "import xdist" 2>/dev/null && tests+=(-n 4 --dist loadfile)  # compiling keeps four cores busy
+  # What runs on the device; the others prove the CPU's forms. Compiling keeps every core busy.
+  tests=(tests/kernels/test_{triton,triton_fused,triton_relation,retrieval,preprocess}.py -v --durations=15)
+  "$python" -c "import xdist" 2>/dev/null && tests+=(-n 8 --dist load)
   size=(--device cuda)
   accuracy=(--device cuda --widths 512 --scales 14 100 --without compiled)
-  main=(--minutes 1.9 --families contrastive relation_kl --pairs 4096 32768 131072 --widths 512 1024 --scales 100)
+  main=(--minutes 1.9 --families contrastive relation_kl --pairs 32768 131072 4096 --widths 512 1024 --scales 100)
   narrow=(--minutes 0.25 --families contrastive --pairs 4096 32768 --widths 128 256 --scales 100 --without compiled)
   rest=(--minutes 0.7 --families sigmoid relation_mae relation_mse neighbours ranks --pairs 4096 32768 --widths 512
     --scales 100 --without compiled)
@@ -97,7 +99,7 @@ pytest=(-p no:cacheprovider --confcutdir=tests/kernels --maxfail=20 --continue-o
 
 part machine 15 bash -c machine
 clocks
-part tests 120 "$python" -m pytest -q "${pytest[@]}" "${tests[@]}"
+part tests 120 "$python" -m pytest "${pytest[@]}" "${tests[@]}"
 part errors 55 "$python" benchmarks/kernels_bench.py --accuracy --out "$folder" "${accuracy[@]}"
 part times 135 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${main[@]}"
 part times_narrow 25 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${narrow[@]}"
@@ -123,4 +125,10 @@ fi
   printf '%s\n' "${report[@]}"
   grep -h -E '^[0-9]+ (passed|failed)|passed|failed' "$folder/tests.log" | tail -n 1
 } | tee "$folder/summary.txt"
+if [ -n "${OUT:-}" ]; then
+  tar -czf "$OUT/gpu_all.tar.gz" -C "$folder" .
+  for name in summary.txt kernels.md accuracy.md tests.log; do
+    [ -e "$folder/$name" ] && cp "$folder/$name" "$OUT/"
+  done
+fi
 exit $failed

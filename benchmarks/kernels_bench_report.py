@@ -75,7 +75,7 @@ def driver() -> str:
 
 def about(command: str, device: str) -> list[str]:
     """What a result says of itself."""
-    commit = said_by("git", "describe", "--always", "--dirty") or "unknown"
+    commit = said_by("git", "describe", "--always", "--dirty") or os.environ.get("COMMIT", "unknown")
     versions = [f"torch {torch.__version__}"]
     for name in PEERS:
         try:

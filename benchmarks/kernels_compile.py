@@ -73,8 +73,7 @@ class Build:
             elif name.endswith("ids_ptr") or name in INDICES or (self.kernel.__name__, name) in KEYS:
                 types[name] = "*i64"
             elif name in STORED:
-                wide = self.constants.get("HAS_IDS") or self.constants.get("EUCLIDEAN")
-                narrow = self.dtype == "bf16" and not wide
+                narrow = self.dtype == "bf16" and not self.constants.get("EUCLIDEAN")
                 types[name] = "*fp16" if narrow else "*fp32"
             else:
                 types[name] = f"*{self.dtype}" if name in EMBEDDINGS else "*fp32"
@@ -134,7 +133,8 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
             work = Work.FULL if shared and not ids else Work.NARROW
             yield contrastive.weights_kernel, variant, work, constants
     for ids in (False, True):
-        yield sigmoid.sigmoid_kernel, "ids" if ids else "", Work.FULL, {"HAS_IDS": ids, "GRADIENT": True}
+        work = Work.NARROW if ids else Work.FULL
+        yield sigmoid.sigmoid_kernel, "ids" if ids else "", work, {"HAS_IDS": ids, "GRADIENT": True}
     if dtype == "fp32":
         yield double.double_statistics_kernel, "", Work.DOUBLE, {}
         for ids in (False, True):

@@ -6,6 +6,7 @@ N pairs, D width. Values are checked for Python floats only: looking into a tens
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -124,6 +125,15 @@ def as_teachers(student: Tensor, teacher_embs: Tensor | list[Tensor]) -> list[Te
             raise ValueError(f"{name}: expected {student.shape[0]} rows as student_emb, got {teacher.shape[0]}")
         check_device(name, teacher, student.device)
     return list(teachers)
+
+
+def join_teachers(teachers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(N, sum of widths), in the teachers' own dtype where they share one, else in `dtype`."""
+    if len(teachers) == 1:
+        return teachers[0]
+    kinds = {teacher.dtype for teacher in teachers}
+    kind = dtype if len(kinds) > 1 else teachers[0].dtype
+    return torch.cat([teacher.to(kind) for teacher in teachers], 1)
 
 
 def as_weights(weights: Tensor | list[float] | None, teachers: list[Tensor], dtype: torch.dtype) -> Tensor:

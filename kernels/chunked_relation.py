@@ -18,6 +18,7 @@ pair of different blocks (the same, for rank I against rank J).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -68,9 +69,8 @@ class Relation:
 
     def __init__(self, rows: Tensor, columns: Tensor, weights: Tensor, widths: list[int], kind: str):
         self.rows, self.columns, self.weights, self.kind = rows, columns, weights, kind
-        ends = torch.tensor(widths).cumsum(0).tolist()
-        self.segments = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
-        self.spread = weights.repeat_interleave(torch.tensor(widths, device=weights.device), output_size=sum(widths))
+        self.segments = [slice(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]
+        self.spread = torch.cat([weight.expand(width) for weight, width in zip(weights, widths, strict=True)])
         if kind == "euclidean":
             self.row_norms = [rows[:, k].square().sum(1) for k in self.segments]
             self.column_norms = [columns[:, k].square().sum(1) for k in self.segments]

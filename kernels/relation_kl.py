@@ -13,7 +13,16 @@ from torch import Tensor
 
 from . import chunked_relation_kl as tiles
 from . import reference
-from .checks import as_scalar, as_teachers, as_weights, check_choice, check_embeddings, choose_impl, compute_dtype
+from .checks import (
+    as_scalar,
+    as_teachers,
+    as_weights,
+    check_choice,
+    check_embeddings,
+    choose_impl,
+    compute_dtype,
+    join_teachers,
+)
 from .chunked import full_precision
 from .chunked_relation import Relation, Sweep
 
@@ -208,7 +217,7 @@ def relation_kl_loss(
             teachers = [t.to(dtype) for t in teachers]
             return reference.relation_kl_loss(student_emb.to(dtype), student_weight, teachers, weights, scope, relation)
     widths = [t.shape[1] for t in teachers]
-    teacher = teachers[0] if len(teachers) == 1 else torch.cat([t.to(dtype) for t in teachers], 1)
+    teacher = join_teachers(teachers, dtype)
     return forward_op(
         student_emb, student_weight.reshape(1), teacher, weights, widths, relation, scope == "matrix", impl
     )[0]

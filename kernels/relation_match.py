@@ -17,7 +17,16 @@ from torch import Tensor
 
 from . import chunked_relation_match as tiles
 from . import reference
-from .checks import as_scalar, as_teachers, as_weights, check_choice, check_embeddings, choose_impl, compute_dtype
+from .checks import (
+    as_scalar,
+    as_teachers,
+    as_weights,
+    check_choice,
+    check_embeddings,
+    choose_impl,
+    compute_dtype,
+    join_teachers,
+)
 from .chunked import full_precision
 from .chunked_relation import Relation, RelationGradient, Sweep
 from .once import scale_saved
@@ -165,7 +174,7 @@ def relation_match_loss(
         with torch.autocast(device_type=student_emb.device.type, enabled=False):
             embs = [student_emb, *teachers]
             return _mse(embs, torch.cat([student_weight, -weights]), [student_emb.shape[1], *widths])
-    teacher = teachers[0] if len(teachers) == 1 else torch.cat([t.to(dtype) for t in teachers], 1)
+    teacher = join_teachers(teachers, dtype)
     recording = torch.is_grad_enabled()
     want_student = recording and (student_emb.requires_grad or student_weight.requires_grad)
     want_teacher = recording and (teacher.requires_grad or weights.requires_grad)

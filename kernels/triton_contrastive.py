@@ -4,10 +4,9 @@ Forward: one product and one exponential an element; a program owns a row tile a
 rows' sums in registers and writes its columns' sums to partial[row tile, N], which are added in fixed order: no
 atomics, bitwise repeatable. Rows go in waves, so that the partial sums stay small. 2 N^2 D operations, 8 N^2 D in all.
 
-Backward of narrow embeddings: triton_contrastive_fused. Of wide ones by G-waves: a block of G = P_row + P_col
-(positives 0) is recomputed and stored in float32 or float16, then two ordinary products take it to dx and dy in
-float32. A lone positive's -(off_i/r_i + off_j/q_j) is added apart in float32: in bfloat16 it would be the largest
-error. With ids, G holds the positives and is float32.
+Backward of narrow embeddings without ids: triton_contrastive_fused. Of others by G-waves: a block of G = P_row + P_col
+(own pairs 0) is recomputed and stored in float32 or float16, then two ordinary products take it to dx and dy in
+float32. Own pairs' -(off_i/r_i + off_j/q_j) is added apart in float32. With ids, G holds all positives.
 
 The fixed reference is checked on the device. Where a sum is unsound a flag is set, and the kernels compiled for vector
 references, which are always launched and return at once while it is clear, do the work instead: nothing waits.
@@ -127,7 +126,7 @@ def weights_kernel(
 ):  # fmt: skip
     """One block of G; from its float32 values also each row's <G, S> and the rows' and columns' sums, a tile each.
 
-    Own pairs are left 0 and the sums made unless there are ids. (A sum to one scalar breaks triton 3.7's sm_100 build.)
+    Own pairs are left 0 unless there are ids. (A sum to one scalar breaks triton 3.7's sm_100 build.)
     """
     if tl.load(flag_ptr) == SHARED:
         return
@@ -158,10 +157,9 @@ def weights_kernel(
     g = tl.where(inside, g, 0.0)
     by_row = tl.program_id(1).to(tl.int64) * (row_end - row_start) + rows - row_start
     tl.store(along_ptr + by_row, tl.sum(g * s, 1), mask=row_ok)
-    if not HAS_IDS:
-        tl.store(row_total_ptr + by_row, tl.sum(g, 1), mask=row_ok)
-        by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
-        tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
+    tl.store(row_total_ptr + by_row, tl.sum(g, 1), mask=row_ok)
+    by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
+    tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
 
 
 def _ids(positives: Positives) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -317,7 +315,7 @@ def _gradients_by_waves(
         shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
         for shared in (True, False)
     }
-    stored = stored_dtype(x, dtype, has_ids=has_ids)
+    stored = stored_dtype(x, dtype)
     left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
     dx, dy = (
         torch.zeros(t.shape, dtype=dtype, device=t.device) if want else None for t, want in ((x, want_x), (y, want_y))

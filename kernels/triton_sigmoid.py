@@ -1,9 +1,8 @@
 """Sigmoid loss in Triton: the rectangular primitive of chunked_sigmoid, loss and gradients in one pass.
 
 A block of n (the derivative by the logit) is made by waves, stored in float32 or float16, and two ordinary products
-take it to dx and dy: 6 N^2 D operations. Own pairs are left out of the kernel and added in float32, where narrow
-weights would lose them; with ids the block is float32. Loss, sum n and <n, S> are summed from float32 values, a column
-tile each, in fixed order.
+take it to dx and dy: 6 N^2 D operations. Without ids own pairs are left out of the kernel and added in float32. Loss,
+sum n and <n, S> are summed from float32 values, a column tile each, in fixed order.
 """
 
 import torch
@@ -77,9 +76,9 @@ def sigmoid_sweep(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """(loss sum, n y (b, D), n^T x (N, D), sum n, <n, S>); all but n y are partial over these rows."""
-    config = config or choose_config(x, Work.FULL)
     dtype, has_ids = scale.dtype, positives.row_ids is not None
-    stored = stored_dtype(x, dtype, has_ids=has_ids)
+    config = config or choose_config(x, Work.NARROW if has_ids else Work.FULL)
+    stored = stored_dtype(x, dtype)
     gradient = want_x or want_y or want_scalars
     left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
     dx, dy = (

@@ -118,13 +118,13 @@ def fused_config(x: Tensor) -> Config | None:
     return FUSED[min(10, max(8, capability))].get(max(64, features))
 
 
-def stored_dtype(x: Tensor, dtype: torch.dtype, *, has_ids: bool = False) -> torch.dtype:
+def stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """How a block of gradient weights for embeddings like x is kept: float16 for bfloat16 ones, else `dtype`.
 
     float16 has the tensor cores' speed and 3 more bits than bfloat16; times 2^12, weights (at most 4, near 1/N when
-    diffuse) fit its range for any N. Multi-positive weights are kept in `dtype`: positives would carry the rounding.
+    diffuse) fit its range for any N. A positive's weight, the largest of its row, is rounded by 2^-12 of itself.
     """
-    return torch.float16 if x.dtype == torch.bfloat16 and not has_ids else dtype
+    return torch.float16 if x.dtype == torch.bfloat16 else dtype
 
 
 class Centred:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -279,15 +280,20 @@ def test_gpu_all_reports_parts_that_fail_and_goes_on(tmp_path):
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\nexit 3\n')
     stub.chmod(0o755)
-    out = tmp_path / "out"
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    kept.mkdir()
     command = ["bash", ROOT / "benchmarks" / "gpu_all.sh", "--cpu-smoke", out]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHON": str(stub), "OUT": str(kept)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     summary = (out / "summary.txt").read_text()
     parts = ("tests", "errors", "times", "times_narrow", "times_rest", "pictures", "memcheck")
     assert [line.split()[:3] for line in summary.splitlines()[2:]] == [[part, "failed", "(3)"] for part in parts]
     assert len((tmp_path / "python.calls").read_text().splitlines()) >= len(parts)
     assert summary in done.stdout
+    assert sorted(path.name for path in kept.iterdir()) == ["gpu_all.tar.gz", "summary.txt", "tests.log"]
+    with tarfile.open(kept / "gpu_all.tar.gz") as files:
+        assert {f"./{part}.log" for part in parts} <= set(files.getnames())
 
 
 @pytest.mark.parametrize("argument", ["--gpu", "--help"])

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from vlscale.kernels.checks import available_impls
 
 import vlscale.kernels as kernels
 from tests.kernels import cases as k
 from vlscale.kernels import contrastive_loss, relation_kl_loss, relation_match_loss, sigmoid_loss
 
-IMPLS = ["reference", "chunked"]
+IMPLS = available_impls(torch.device("cpu"))  # triton's interpreter among them, where triton is
+BLOCKWISE = [impl for impl in IMPLS if impl != "reference"]
 X, Y = (v.float() for v in k.embeddings("random", 6, 4))
 
 LOSSES = {
@@ -26,6 +28,7 @@ LOSSES = {
     ),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+blockwise = pytest.mark.parametrize("impl", BLOCKWISE)
 
 
 def kl(x, y, **settings):
@@ -39,50 +42,64 @@ def value_and_grads(loss, x, y, impl):
 
 
 @every_loss
-def test_dtypes_shapes_and_input_left_alone(loss):
+@blockwise
+def test_dtypes_shapes_and_input_left_alone(loss, impl):
     for dtype, expected in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
         x, y = X.to(dtype), Y.to(dtype)
         kept = x.clone()
-        value, dx, dy = value_and_grads(loss, x, y, "chunked")
+        value, dx, dy = value_and_grads(loss, x, y, impl)
         assert value.shape == () and value.dtype == expected
         assert dx.dtype == dtype and dy.dtype == dtype
         assert torch.equal(x, kept)
 
 
 @every_loss
-def test_strided_inputs(loss):
+@blockwise
+def test_strided_inputs(loss, impl):
     wide = torch.randn(12, 8)
     x, y = wide[::2, ::2], wide.flip(0).T.contiguous().T[::2, 1::2]
     assert not x.is_contiguous() and not y.is_contiguous()
-    strided = value_and_grads(loss, x, y, "chunked")
-    packed = value_and_grads(loss, x.contiguous(), y.contiguous(), "chunked")
+    strided = value_and_grads(loss, x, y, impl)
+    packed = value_and_grads(loss, x.contiguous(), y.contiguous(), impl)
     for a, b in zip(strided, packed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def narrow_rows(impl, rows):
+    """In float64 Triton's kernels are not asked; the kernels' own precision is what is compared there."""
+    return rows.float() if impl == "triton" else rows.double()
+
+
 @every_loss
-def test_permutation_of_pairs(loss, small_tiles):
-    x, y = (v.double() for v in k.embeddings("random", 50, 8))
+@blockwise
+def test_permutation_of_pairs(loss, impl, small_tiles):
+    x, y = (narrow_rows(impl, v) for v in k.embeddings("random", 50, 8))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-    value, dx, dy = value_and_grads(loss, x, y, "chunked")
-    moved, moved_dx, moved_dy = value_and_grads(loss, x[order], y[order], "chunked")
-    torch.testing.assert_close(moved, value)
-    torch.testing.assert_close(moved_dx, dx[order])
-    torch.testing.assert_close(moved_dy, dy[order])
+    value, dx, dy = value_and_grads(loss, x, y, impl)
+    moved, moved_dx, moved_dy = value_and_grads(loss, x[order], y[order], impl)
+    near = {"rtol": 1e-4, "atol": 1e-6} if impl == "triton" else {}
+    torch.testing.assert_close(moved, value, **near)
+    torch.testing.assert_close(moved_dx, dx[order], **near)
+    torch.testing.assert_close(moved_dy, dy[order], **near)
 
 
 @every_loss
-def test_duplicated_rows(loss, small_tiles):
-    x, y = (v.double()[torch.arange(40) // 2] for v in k.embeddings("random", 20, 8))
-    dense, tiled = (value_and_grads(loss, x, y, impl) for impl in IMPLS)
+@blockwise
+def test_duplicated_rows(loss, impl, small_tiles):
+    x, y = (v.float()[torch.arange(40) // 2] for v in k.embeddings("random", 20, 8))
+    given = narrow_rows(impl, x), narrow_rows(impl, y)
+    truth = value_and_grads(loss, x.double(), y.double(), "reference")
+    dense, tiled = (value_and_grads(loss, *given, by) for by in ("reference", impl))
     kinked = loss in (LOSSES["relation_mae"], LOSSES["relation_wasserstein"])  # copies sit on |s - t|'s kink
-    for a, b in list(zip(dense, tiled, strict=True))[: 1 if kinked else None]:
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    for exact, yardstick, value in list(zip(truth, dense, tiled, strict=True))[: 1 if kinked else None]:
+        least = 1e-5 if impl == "triton" else 1e-6
+        assert k.relative(value, exact) <= max(2 * k.relative(yardstick, exact), least)
 
 
 @every_loss
-def test_same_answer_twice(loss):
-    first, second = (value_and_grads(loss, X, Y, "chunked") for _ in range(2))
+@blockwise
+def test_same_answer_twice(loss, impl):
+    first, second = (value_and_grads(loss, X, Y, impl) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

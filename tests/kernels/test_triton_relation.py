@@ -43,6 +43,28 @@ def test_relation_kl_mixed_teachers(n, kind):
     k.check_budget(case, "triton", torch.float32, floor=2e-6)
 
 
+@pytest.mark.parametrize("loss", ["row", "matrix", "mae"])
+def test_three_teachers_in_bfloat16(loss, monkeypatch):
+    """They reach the kernels as they are: float32 would cost the tensor cores."""
+    from vlscale.kernels import triton_relation
+
+    seen, original = set(), triton_relation.Operand.of
+
+    def recorded(rows, *arguments):
+        seen.add(rows.dtype)
+        return original(rows, *arguments)
+
+    monkeypatch.setattr(triton_relation.Operand, "of", recorded)
+    x = k.embeddings("random", 130, 48)[0]
+    teachers, mixture = [k.embeddings("cone", 130, width, seed=width)[0] for width in (40, 24, 16)], [0.5, 0.3, 0.2]
+    if loss == "mae":
+        case = k.match_case(x, teachers, mixture, 0.2, "mae")
+    else:
+        case = k.kl_case(x, teachers, mixture, (0.2, 0.1), scope=loss)
+    k.check_budget(case, "triton", torch.bfloat16, floor=2e-6)
+    assert seen == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("scope", ["row", "matrix"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_relation_kl_fallback(scope, kind):

@@ -26,15 +26,6 @@ def describe_relation(student: Tensor, teachers: Sequence[Tensor]) -> list[str]:
     return [f"width {emb.shape[1]} {emb.dtype}" for emb in (student, *teachers)]
 
 
-def join_teachers(teachers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(b, sum of widths), in the teachers' own dtype, which is how they travel, where they share one."""
-    if len(teachers) == 1:
-        return teachers[0]
-    kinds = {teacher.dtype for teacher in teachers}
-    kind = dtype if len(kinds) > 1 else teachers[0].dtype
-    return torch.cat([teacher.to(kind) for teacher in teachers], 1)
-
-
 def on_triton(impl: str, dtype: torch.dtype) -> bool:
     """Whether Triton's sweeps serve this compute dtype; float64 is the blockwise PyTorch form's on every impl."""
     return impl == "triton" and dtype == torch.float32

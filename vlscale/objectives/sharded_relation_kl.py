@@ -40,6 +40,7 @@ from vlscale.kernels.checks import (
     check_embeddings,
     choose_impl,
     compute_dtype,
+    join_teachers,
 )
 from vlscale.kernels.chunked import full_precision
 from vlscale.objectives.relation_blocks import (
@@ -47,7 +48,6 @@ from vlscale.objectives.relation_blocks import (
     Side,
     collect,
     describe_relation,
-    join_teachers,
     kl_sweeps,
     on_triton,
 )

@@ -25,13 +25,13 @@ from vlscale.kernels.checks import (
     check_embeddings,
     choose_impl,
     compute_dtype,
+    join_teachers,
 )
 from vlscale.objectives.relation_blocks import (
     Collected,
     Side,
     collect,
     describe_relation,
-    join_teachers,
     on_triton,
 )
 from vlscale.objectives.sharded import Computed, gathered_bytes, made_in_forward, make_blocks
