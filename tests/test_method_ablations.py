@@ -38,7 +38,7 @@ def test_every_run_of_a_study_without_tuning_is_a_valid_config_of_one_trial(scri
     levels = of_scenes.get(name, ["emoji"])
     assert study["name"] == name and list(study["levels"]) == levels and len(study["seeds"]) == 5
     moved = {f"{name}'" for name, own in study["methods"].items() if own.get("theta_prime")}
-    assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"]) | moved
+    assert {name for pair in study["comparisons"] for name in pair} <= {"teachers", *study["methods"]} | moved
     chosen = script["untuned"](study)[levels[0]]
     assert chosen.keys() == study["methods"].keys()
     model = {"fusion": {"source": "text"}} if name == "fused" else {}

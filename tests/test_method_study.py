@@ -34,14 +34,22 @@ def test_an_interval_of_equal_differences_is_a_point():
     assert seed_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0)
 
 
-def test_an_interval_of_two_seeds_by_hand():
-    """Of two values 0 and 4 the four resamples have means 0, 2, 2, 4."""
-    low, high = seed_interval(np.array([0.0, 4.0]))
-    assert (low, high) == tuple(np.quantile([0, 2, 2, 4], [0.025, 0.975]))
+def test_an_interval_is_students():
+    stats = pytest.importorskip("scipy.stats")
+    for seeds in (2, 3, 5, 16, 17, 40):
+        given = np.random.default_rng(seeds).normal(1, 2, seeds)
+        expected = stats.t.interval(0.95, seeds - 1, given.mean(), stats.sem(given))
+        assert seed_interval(given) == pytest.approx(expected, abs=2e-3 * given.std())
+    assert np.isnan(seed_interval(np.array([1.0]))).all()
+
+
+def test_an_interval_of_five_seeds_covers_the_mean_95_times_of_100():
+    bounds = [seed_interval(given) for given in np.random.default_rng(0).normal(size=(4000, 5))]
+    assert np.mean([low <= 0 <= high for low, high in bounds]) == pytest.approx(0.95, abs=0.01)
 
 
 def cells(folder: Path, analyse) -> None:
-    for seed, gain in enumerate((1.0, 2.0, 3.0)):
+    for seed, gain in enumerate((2.0, 2.5, 3.0)):
         plain = dict.fromkeys(analyse.NAMES, 10.0 * (seed + 1))
         better = {name: value + gain for name, value in plain.items()} | {"rsum": plain["rsum"]}
         measured = {"teachers": plain, "contrastive": plain, "joint": better}
@@ -49,7 +57,7 @@ def cells(folder: Path, analyse) -> None:
 
 
 def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
-    """Seeds differ by 10 and the methods by 1 to 3: only paired does the difference leave out zero."""
+    """Seeds differ by 10 and the methods by 2 to 3: only paired does the difference leave out zero."""
     cells(tmp_path, analyse)
     study = {
         "levels": {"clean": {}},
@@ -58,13 +66,13 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
         "comparisons": [["joint", "contrastive"]],
     }
     table = analyse.read_cells(study, tmp_path)
-    assert analyse.paired(table["clean"], "joint", "contrastive", "i2i").tolist() == [1.0, 2.0, 3.0]
-    assert "| joint - contrastive | +0.0 | +2.0 |" in analyse.markdown(study, table, {})  # too few for an interval
+    assert analyse.paired(table["clean"], "joint", "contrastive", "i2i").tolist() == [2.0, 2.5, 3.0]
+    assert "| joint - contrastive | +0.0 | +2.5 |" in analyse.markdown(study, table, {})  # too few for an interval
     monkeypatch.setattr(analyse, "ENOUGH", 3)
     page = analyse.markdown(study, table, {})
-    assert "| contrastive | 20.0 |" in page and "| joint | 20.0 | 22.0 |" in page
+    assert "| contrastive | 20.0 |" in page and "| joint | 20.0 | 22.5 |" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| joint - contrastive |")]
-    assert "+0.0 [+0.0, +0.0]" in row and "**+2.0 [+1.2, +2.8]**" in row
+    assert "+0.0 [+0.0, +0.0]" in row and "**+2.5 [+1.3, +3.7]**" in row
     assert "mixture" not in page
     for seed, cell in table["clean"].items():
         cell["joint"]["mixture_text"] = 0.5 + seed / 100
@@ -77,7 +85,7 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["study", "trained", "pretrained", "pretrained-tuned"])
 def test_every_run_of_a_tuned_study_gets_as_many_trials(name):
     study = yaml.safe_load((METHOD / f"{name}.yaml").read_text())
-    assert {name for pair in study["comparisons"] for name in pair} <= set(study["methods"])
+    assert {name for pair in study["comparisons"] for name in pair} <= {"teachers", *study["methods"]}
     assert len({len(own["grid"]) for own in study["methods"].values()}) == 1
 
 

@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     study |= {"levels": levels, "seeds": given.seeds or study["seeds"], "command": command_of(given)}
     cells = given.out / "cells"
     cells.mkdir(parents=True, exist_ok=True)
-    for name, known in (json.loads(given.cells.read_text()) if given.cells else {}).items():
+    earlier = json.loads(given.cells.read_text()) if given.cells else {}
+    earlier.pop("study", None)  # its comparisons and endpoints: no cell
+    for name, known in earlier.items():
         (cells / f"{name}.json").write_text(json.dumps(known, indent=1) + "\n")
     if given.only_report:
         chosen = untuned(study) or {

@@ -35,6 +35,7 @@ def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool
         for kind in ("md", "csv", "png"):
             shutil.copy(out / f"study.{kind}", RESULTS / f"{today()}-method-{name}.{kind}")
         everything = {path.stem: json.loads(path.read_text()) for path in sorted(cells.glob("[!.]*.json"))}
+        everything["study"] = {"name": name, "comparisons": study["comparisons"], "endpoints": list(names_of(study))}
         kept = "cells" if name == "study" else f"{name}-cells"
         (RESULTS / f"{today()}-method-{kept}.json").write_text(json.dumps(everything) + "\n")
 
@@ -65,7 +66,7 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
         provenance(study.get("command", "vlscale bench method --out DIR --emoji FOLDER --processes 2 --write")),
         "",
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), each with its own corpus, teachers, weights and batches; "
-        "test split; NDCG@10 above chance, in percent; rsum of 600. In brackets: 95 % bootstrap interval over the "
+        "test split; NDCG@10 above chance, in percent; rsum of 600. In brackets: 95 % interval (Student's t) over the "
         "seeds of the paired difference; bold where it excludes zero.",
     ]
     for level, by_seed in table.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.train.forked_ranks import Group, run_groups, said
 from vlscale.config import load_plan
 from vlscale.distributed import Ranks
 from vlscale.objectives.total import Embedded
@@ -77,6 +78,21 @@ def test_the_probe_is_the_same_after_a_resume(tiny_config, tmp_path):
     resumed = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     probes = [{k: v for k, v in lines[-1].items() if k.startswith("probe_")} for lines in (whole, resumed)]
     assert probes[0] == probes[1] and len(probes[0]) >= 10
+
+
+def test_the_probe_is_the_same_at_any_number_of_ranks(tiny_config, tmp_path):
+    """Of 32 pairs 12 are looked at: of four ranks, all of the first's, half of the second's, none of the others'."""
+    fewer = "import vlscale.train.diagnostics\nvlscale.train.diagnostics.PROBE = 12"
+    given = [*COVLR, "log.diagnostics_every=1", "train.max_steps=1"]
+    groups = [Group([str(tiny_config), "--out", str(tmp_path / f"{n}"), *given], n, fewer) for n in (1, 4)]
+    codes = run_groups(tmp_path, groups)
+    assert codes == [[0], [0] * 4], said(tmp_path, 0) + said(tmp_path, 1)
+    alone, together = (
+        {name: value for name, value in line.items() if name.startswith("probe_")}
+        for n in (1, 4)
+        for line in read_metrics(tmp_path / f"{n}" / "metrics.jsonl")
+    )
+    assert len(alone) == 11 and together == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 def test_a_constant_teacher_stops_the_run_before_anything_is_written(tiny_config, tmp_path):

@@ -1,16 +1,15 @@
 """Methods compared over seeds: the same corpus, teachers and batches a seed, so differences are paired by seed.
 
-Measured values are `level -> seed -> method -> endpoint -> value`. An interval resamples the seeds: all n^n draws with
-replacement of up to EXACT seeds, or DRAWS random ones of more; percentile, 95 %.
+Measured values are `level -> seed -> method -> endpoint -> value`. An interval is Student's t of the mean difference. A
+percentile bootstrap of so few is too narrow: of five normal differences it covers the mean 84 times of 100, this 95.
 """
-
-import itertools
 
 import numpy as np
 
 ENOUGH = 5  # seeds below which an interval is not to be trusted
-EXACT = 6  # seeds up to which all resamples are made
-DRAWS = 10_000
+# 0.975 quantiles of Student's t, by degrees of freedom from 1
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_Z = 1.95996  # the normal's, which more degrees of freedom come close to (Abramowitz and Stegun, 26.7.5)
 
 BySeed = dict[int, dict[str, dict[str, float]]]  # seed -> method -> endpoint -> value
 
@@ -21,11 +20,11 @@ def paired(by_seed: BySeed, first: str, second: str, endpoint: str) -> np.ndarra
 
 
 def seed_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean over seeds."""
-    n = len(differences)
-    if n <= EXACT:
-        draws = np.array(list(itertools.product(range(n), repeat=n)))
-    else:
-        draws = np.random.default_rng(0).integers(n, size=(DRAWS, n))
-    low, high = np.quantile(differences[draws].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+    """95 % interval of the mean over seeds; of one seed there is none: NaN."""
+    free = len(differences) - 1
+    if free == 0:
+        return float("nan"), float("nan")
+    more = (_Z**3 + _Z) / (4 * free) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * free**2)
+    quantile = _T[free - 1] if free <= len(_T) else _Z + more
+    half = quantile * differences.std(ddof=1) / np.sqrt(len(differences))
+    return float(differences.mean() - half), float(differences.mean() + half)

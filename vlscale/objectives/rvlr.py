@@ -35,21 +35,24 @@ class Mixture:
     ranks: Ranks
     comm: str
 
-    def distance(self, rows: torch.Tensor) -> torch.Tensor:
-        """Distance of the relations of `rows` (B, D) from the mixture, over the global batch."""
-        if self.objective.relation_distance != "kl":
+    def distance(self, rows: torch.Tensor, *, of_teacher: bool = False) -> torch.Tensor:
+        """Distance of the relations of `rows` (B, D), a student's or a teacher's own, from the mixture, over the global
+        batch. By `kl` a teacher's are at the mixture's temperature, so that it is 0 where the mixture is that teacher;
+        the other distances have one temperature for both sides, the student's."""
+        o = self.objective
+        if o.relation_distance != "kl":
             return self._match(rows, [self.teacher_text, self.teacher_image], self._weights())
         return sharded_relation_kl_loss(
             rows,
             [self.teacher_text, self.teacher_image],
             teacher_weights=self._weights(),
-            student_temperature=self.objective.student_temperature,
-            teacher_temperature=self.objective.teacher_temperature,
-            scope=self.objective.relation_scope,
-            relation=self.objective.relation,
+            student_temperature=o.teacher_temperature if of_teacher else o.student_temperature,
+            teacher_temperature=o.teacher_temperature,
+            scope=o.relation_scope,
+            relation=o.relation,
             ranks=self.ranks,
             comm=self.comm,
-            impl=self.objective.impl,
+            impl=o.impl,
         )
 
     def cross_modal_distance(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

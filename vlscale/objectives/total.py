@@ -101,7 +101,7 @@ def _rvlr_relations(
     mixture = Mixture(rows.teacher_text, rows.teacher_image, rows.text_share, objective, ranks, comm)
 
     def to_mixture(own: torch.Tensor, name: str) -> tuple[torch.Tensor, Metrics]:
-        loss = mixture.distance(own)
+        loss = mixture.distance(own, of_teacher=True)
         return loss, {name: loss.detach()}
 
     def kd() -> tuple[torch.Tensor, Metrics]:

@@ -1,7 +1,8 @@
 """The method study in the report: means, paired differences with intervals, and who is ahead, from its cells.
 
 A study file is what `vlscale bench method --write` keeps: a cell a level and seed, with what was measured of every
-method on the test split. Trials of the tuning are left out: they chose settings and prove nothing.
+method on the test split, and as `study` the comparisons and endpoints that were fixed beforehand; older files lack
+these. Trials of the tuning are left out: they chose settings and prove nothing.
 """
 
 import json
@@ -19,10 +20,22 @@ ENDPOINTS = {  # name in a cell -> title
     "single": "mean of these two",
     "i2it": "picture to both",
     "t2it": "caption to both",
+    "reranked": "rsum, re-ranked",
 }
+USUAL = [name for name in ENDPOINTS if name != "reranked"]  # of a file that names none
+ACROSS = ("rsum", "reranked")  # where single-modal teachers are far behind: beside that no other difference is seen
 BASE, JOINT, TEACHERS = "contrastive", "joint", "teachers"
 MARKS = {"better": "▲", "worse": "▼", "no clear change": "≈", "too few seeds": "?"}
 WIDTH, LEFT, ROW, TOP = 300, 96, 22, 8  # of a panel, in units of its view box
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a study file holds."""
+
+    table: dict[str, BySeed]  # level -> seed -> method -> endpoint -> value, of the cells measured on test
+    endpoints: list[str]
+    comparisons: list[tuple[str, str]]  # first, second; empty where the file names none
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class Panel:
     zero: float
     height: float
     ticks: list[tuple[float, str]]
+    heads: list[tuple[float, str]]  # y and second method of the dots below
     dots: list[Dot]
     summary: str  # in words
 
@@ -111,15 +125,17 @@ class Study:
     lead: str
 
 
-def read_study(path: Path) -> dict[str, BySeed]:
-    """level -> seed -> method -> endpoint -> value, of the cells measured on test."""
+def read_study(path: Path) -> Measured:
     try:
         cells = json.loads(path.read_text())
+        own = cells.pop("study", {})
+        endpoints = own.get("endpoints", USUAL)
+        comparisons = [(first, second) for first, second in own.get("comparisons", [])]
         table: dict[str, BySeed] = {}
         for cell in cells.values():
             if cell["split"] == "test":
                 measured = {
-                    name: {key: float(values[key]) for key in ENDPOINTS} for name, values in cell["measured"].items()
+                    name: {key: float(values[key]) for key in endpoints} for name, values in cell["measured"].items()
                 }
                 table.setdefault(cell["level_name"], {})[int(cell["seed"])] = measured
     except FileNotFoundError:
@@ -138,21 +154,23 @@ def read_study(path: Path) -> dict[str, BySeed]:
             )
     if not table:
         raise ValueError(f"study {path} holds no cell that was measured on test; run the study to its end")
-    return table
+    return Measured(table, endpoints, comparisons)
 
 
-def study_of(table: dict[str, BySeed]) -> Study:
-    """What the page shows; comparisons are those fixed beforehand: each method against contrastive only, and each meta
-    mode against joint."""
+def study_of(measured: Measured) -> Study:
+    """What the page shows."""
+    table, endpoints = measured.table, measured.endpoints
     order = dict.fromkeys(name for by_seed in table.values() for cell in by_seed.values() for name in cell)
     methods = [name for name in order if name != TEACHERS]
-    levels = [_level(name, by_seed, methods) for name, by_seed in table.items()]
+    wanted = measured.comparisons or compared(methods)
+    levels = [_level(name, by_seed, methods, endpoints, wanted) for name, by_seed in table.items()]
     pairs = dict.fromkeys((c.first, c.second) for level in levels for c in level.comparisons)
     tallies = [Tally(*pair, _counts(pair, levels)) for pair in pairs]
-    return Study(list(ENDPOINTS.values()), methods, levels, tallies, _lead(levels, methods))
+    return Study([ENDPOINTS[name] for name in endpoints], methods, levels, tallies, _lead(levels, methods, endpoints))
 
 
 def compared(methods: list[str]) -> list[tuple[str, str]]:
+    """Of a file without comparisons: each method against contrastive only, and each meta mode against joint."""
     against_base = [(name, BASE) for name in methods if name != BASE]
     modes = [name for name in methods if name in ("heads", "first_order", "finite_difference")]
     return against_base + [(name, JOINT) for name in modes if JOINT in methods]
@@ -164,22 +182,30 @@ def difference(by_seed: BySeed, first: str, second: str, endpoint: str) -> Diffe
     return Difference(float(found.mean()), *bounds, found.tolist())
 
 
-def _level(name: str, by_seed: BySeed, methods: list[str]) -> Level:
-    here = [method for method in methods if method in next(iter(by_seed.values()))]
-    shown = [TEACHERS, *here] if TEACHERS in next(iter(by_seed.values())) else here
+def _level(
+    name: str, by_seed: BySeed, methods: list[str], endpoints: list[str], wanted: list[tuple[str, str]]
+) -> Level:
+    known = next(iter(by_seed.values()))
+    here = [method for method in methods if method in known]
+    shown = [TEACHERS, *here] if TEACHERS in known else here
     values = {
-        method: [float(np.mean([cell[method][endpoint] for cell in by_seed.values()])) for endpoint in ENDPOINTS]
+        method: [float(np.mean([cell[method][endpoint] for cell in by_seed.values()])) for endpoint in endpoints]
         for method in shown
     }
-    marks = {endpoint: _winner(by_seed, here, endpoint) for endpoint in ENDPOINTS}
+    marks = {endpoint: _winner(by_seed, here, endpoint) for endpoint in endpoints}
     means = [
-        (method, [Mean(value, marks[key].get(method, "")) for key, value in zip(ENDPOINTS, row, strict=True)])
+        (method, [Mean(value, marks[key].get(method, "")) for key, value in zip(endpoints, row, strict=True)])
         for method, row in values.items()
     ]
     comparisons = [
-        Comparison(*pair, [difference(by_seed, *pair, endpoint) for endpoint in ENDPOINTS]) for pair in compared(here)
+        Comparison(*pair, [difference(by_seed, *pair, endpoint) for endpoint in endpoints])
+        for pair in wanted
+        if known.keys() >= set(pair)
     ]
-    panels = [_panel(title, place, comparisons) for place, title in enumerate(ENDPOINTS.values())]
+    panels = [
+        _panel(ENDPOINTS[key], place, [c for c in comparisons if c.second != TEACHERS or key not in ACROSS])
+        for place, key in enumerate(endpoints)
+    ]
     return Level(name, len(by_seed), len(by_seed) >= ENOUGH, means, comparisons, panels)
 
 
@@ -190,34 +216,43 @@ def _winner(by_seed: BySeed, methods: list[str], endpoint: str) -> dict[str, str
 
 
 def _panel(title: str, endpoint: int, comparisons: list[Comparison]) -> Panel:
-    """Every method against contrastive only: each seed, their mean, its interval."""
-    found = [(c.first, c.differences[endpoint]) for c in comparisons if c.second == BASE]
-    far = [abs(value) for _, d in found for value in (d.mean, *d.seeds, d.low or 0, d.high or 0)]
+    """Every comparison given, below the method that it is against: each seed, their mean, its interval."""
+    found: dict[str, list[tuple[str, Difference]]] = {}
+    for c in comparisons:
+        found.setdefault(c.second, []).append((c.first, c.differences[endpoint]))
+    every = [d for group in found.values() for _, d in group]
+    far = [abs(value) for d in every for value in (d.mean, *d.seeds, d.low or 0, d.high or 0)]
     reach = max(1.0, 1.08 * max(far, default=1.0))
 
     def across(value: float) -> float:
         return LEFT + (value / reach + 1) / 2 * (WIDTH - LEFT - 8)
 
-    dots = []
-    for place, (method, d) in enumerate(found):
-        low, high = (None if value is None else across(value) for value in (d.low, d.high))
-        seeds = [across(value) for value in d.seeds]
-        dots.append(Dot(method, TOP + ROW * (place + 0.5), across(d.mean), low, high, seeds, d.word))
+    heads, dots, middle = [], [], TOP + ROW / 2
+    for second, group in found.items():
+        heads.append((middle, second))
+        for place, (first, d) in enumerate(group, 1):
+            low, high = (None if value is None else across(value) for value in (d.low, d.high))
+            seeds = [across(value) for value in d.seeds]
+            dots.append(Dot(first, middle + ROW * place, across(d.mean), low, high, seeds, d.word))
+        middle += ROW * (len(group) + 1)
     step = max(size for size in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if size <= 0.8 * reach)
     ticks = [(across(value), f"{value:+g}".replace("-", "\u2212")) for value in (-step, step)] + [(across(0), "0")]
-    words = "; ".join(f"{method} {d.mean:+.1f}, {d.word}" for method, d in found)
-    return Panel(title, across(0), TOP + ROW * len(found) + 24, ticks, dots, f"{title}, against {BASE}: {words}")
+    words = "; ".join(
+        f"against {second}: {'; '.join(f'{first} {d.mean:+.1f}, {d.word}' for first, d in group)}"
+        for second, group in found.items()
+    )
+    return Panel(title, across(0), middle - ROW / 2 + 24, ticks, heads, dots, f"{title}, {words}")
 
 
 def _counts(pair: tuple[str, str], levels: list[Level]) -> list[dict[str, int]]:
     here = [c for level in levels for c in level.comparisons if (c.first, c.second) == pair]
     return [
         {word: sum(c.differences[place].word == word for c in here) for word in MARKS}
-        for place in range(len(ENDPOINTS))
+        for place in range(len(here[0].differences))
     ]
 
 
-def _lead(levels: list[Level], methods: list[str]) -> str:
+def _lead(levels: list[Level], methods: list[str], endpoints: list[str]) -> str:
     sure = [level for level in levels if level.enough]
     fewest, most = (of(level.seeds for level in levels) for of in (min, max))
     seeds = str(most) if fewest == most else f"{fewest} to {most}"
@@ -230,7 +265,9 @@ def _lead(levels: list[Level], methods: list[str]) -> str:
         words = [d.word for c in here for d in c.differences]
         if words:
             ahead.append(f"{method} better {words.count('better')}, worse {words.count('worse')}")
-    total = len(sure) * len(ENDPOINTS)
+    if not ahead:
+        return said
+    total = len(sure) * len(endpoints)
     where = "" if len(sure) == len(levels) else f", where there are {ENOUGH} seeds or more"
     return f"{said} Against {BASE}, of {total} endpoints and levels{where}: {'; '.join(ahead)}."
 

@@ -27,12 +27,14 @@ PARTS = {  # parts of the loss in metrics.jsonl -> title
     "caption": "Two captions of a sample",
     "iic": "Pictures with their teacher's",
     "ttc": "Captions with their teacher's",
+    "itm": "Pictures and captions matched by the fusion encoder",
+    "mlm": "Masked words of the captions",
     "kd": "Relations to the mixture of the teachers'",
     "kd_image": "The image teacher's relations to the mixture",
     "kd_text": "The text teacher's relations to the mixture",
 }
 DIAGNOSTICS = {  # of the probe batch, see vlscale.train.diagnostics
-    "probe_gradient_cosine": "Gradients of consistency and of relations: cosine (below 0 they conflict)",
+    "probe_gradient_cosine": "Gradients to the embeddings: cosine, consistency with relations (below 0 they conflict)",
     "probe_rank_correlation_image": "Pictures: rank correlation of relations with the teacher's",
     "probe_rank_correlation_text": "Captions: rank correlation of relations with the teacher's",
     "probe_relation_change_image": "Pictures: mean change of a relation from the teacher's",
@@ -155,7 +157,7 @@ def curves(runs: list[RunReport]) -> tuple[list[charts.Chart], list[charts.Chart
     def recorded(name: str, title: str, **how: bool) -> charts.Chart | None:
         return drawn(title, lambda lines: [number(line.get(name)) for line in lines], **how)
 
-    names = dict.fromkeys(name for run in runs for line in run.metrics[:1] for name in line)
+    names = dict.fromkeys(name for run in runs for line in run.metrics for name in line)
     parts = [name for name in PARTS if name in names]
     main = [
         recorded("loss", "Loss"),

@@ -18,7 +18,7 @@ class ObjectiveConfig(Section):
     conflict: Literal["keep", "scale", "project"] = "keep"  # what becomes of relations where their gradient to a
     # modality's embeddings opposes consistency's: nothing; scaled by 1 + cosine; without the part that opposes
     student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.1, gt=0)  # of KL; mae, mse and wasserstein take student_temperature for both
     relation_scope: Literal["row", "matrix"] = "row"
     relation: Literal["cosine", "euclidean"] = "cosine"
     # The next ones are rvlr's, by the paper's names. The defaults are a tenth of the official weights, which are in

@@ -1,7 +1,7 @@
 """What happens to relations while training: numbers of a fixed probe batch, in metrics.jsonl as `probe_...`.
 
-The probe is the first global batch of the run's stream, the same after a resume and at any number of ranks (at most
-PROBE rows of it for what compares all with all). Towers are in evaluation mode, and nothing is learned from it.
+The probe is the first global batch of the run's stream, the same after a resume and at any number of ranks; what
+compares all rows with all looks at its first PROBE. Towers are in evaluation mode, and nothing is learned from it.
 
     probe_gradient_cosine           of consistency's and relations' gradients to the embeddings: below 0 they conflict;
                                     not there where relations are those of fused pairs
@@ -13,7 +13,7 @@ PROBE rows of it for what compares all with all). Towers are in evaluation mode,
     probe_image_strength            share of the text's change in both changes: above 1/2, text gives way to the image
 and likewise `_text`.
 
-Legend: B pairs of this rank, n probe rows.
+Legend: W ranks, b pairs of this rank, n probe rows.
 """
 
 import math
@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from vlscale.data.batch import Batch
-from vlscale.distributed import Ranks, gather_rows
+from vlscale.distributed import Ranks
 from vlscale.evaluate.spearman import spearman
 from vlscale.objectives.total import Embedded, consistency_loss, relations_loss
 from vlscale.sections import ObjectiveConfig
@@ -49,10 +49,9 @@ class Diagnostics:
         module.train()
         of_embeddings = parts.objective.distils and not (parts.objective.name == "rvlr" and rows.fused is not None)
         values = {"gradient_cosine": gradient_cosine(rows, parts)} if of_embeddings else {}
-        each = -(-PROBE // parts.ranks.size)
-        students = [_all(own, each, parts.ranks) for own in (rows.image, rows.text)]
+        students = [first_rows(own, PROBE, parts.ranks) for own in (rows.image, rows.text)]
         teachers = (rows.teacher_image, rows.teacher_text)
-        teachers = [own if own is None else _all(own, each, parts.ranks) for own in teachers]
+        teachers = [own if own is None else first_rows(own, PROBE, parts.ranks) for own in teachers]
         values |= relation_facts(*students, *teachers, parts.objective)
         return {f"probe_{name}": value for name, value in values.items()}
 
@@ -112,6 +111,11 @@ def _entropy(logits: torch.Tensor) -> float:
     return float(-(logs.exp() * logs).sum(1).mean()) / max(math.log(logits.shape[1]), 1e-9)
 
 
-def _all(rows: torch.Tensor, each: int, ranks: Ranks) -> torch.Tensor:
-    """The first `each` rows of every rank, on the CPU in float32."""
-    return gather_rows(rows[:each].detach(), ranks).float().cpu()
+def first_rows(rows: torch.Tensor, count: int, ranks: Ranks) -> torch.Tensor:
+    """The first (n, D) rows of the global batch, at most `count`, on every rank's CPU in float32. `rows` (b, D) are
+    this rank's, which hold the places from b times its number on; only those asked for are added up over ranks."""
+    start, n = ranks.rank * len(rows), min(count, ranks.size * len(rows))
+    everyone = torch.zeros(n, rows.shape[1], device=rows.device)
+    own = rows[: max(0, n - start)].detach().float()
+    everyone[start : start + len(own)] = own
+    return ranks.sum(everyone).cpu()
