@@ -1,14 +1,31 @@
 """What the ranks of a test run: peaks of memory and bytes received of real steps, at every stage. No tests here."""
 
+import json
 import os
 from pathlib import Path
 
 import torch
 
-from tests.train.test_plan import COVLR, FUSION, RVLR_ALONE, backward, build_model, config_of, measured_peak
+from tests.train.test_plan import (
+    BERT,
+    COVLR,
+    FUSION,
+    RVLR_ALONE,
+    SIDE,
+    TOWER,
+    backward,
+    build_model,
+    config_of,
+    measured_peak,
+)
 from vlscale.distributed import count_traffic
 from vlscale.train.engine import Engine, start_ranks
 
+_WIDE = json.dumps(TOWER | {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536})[1:-1]
+WIDE = [  # where weights and gradients, not activations, are most of it
+    f"model.vision.config={{model_type: vit, image_size: {SIDE}, patch_size: 8, {_WIDE}}}",
+    f"model.text.config={{{json.dumps(BERT)[1:-1]}, {_WIDE}}}",
+]
 RUNS = {
     "zero1": ["engine.zero_stage=1"],
     "zero2": ["engine.zero_stage=2"],
@@ -28,6 +45,9 @@ RUNS = {
     ],
     "rvlr, mse": ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=mse"],
     "rvlr, wasserstein": ["engine.zero_stage=2", *RVLR_ALONE, "objective.relation_distance=wasserstein"],
+    "wide, zero2 by chunks": ["engine.zero_stage=2", "train.chunk_size=8", *WIDE],
+    "wide, zero3": ["engine.zero_stage=3", *WIDE],
+    "wide, zero3 by chunks": ["engine.zero_stage=3", "train.chunk_size=8", *WIDE],
     "losses": ["engine.zero_stage=2", "train.accumulate_losses=2"],
 }
 

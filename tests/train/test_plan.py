@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -84,8 +85,20 @@ def measured_peak(config: Config, ranks: Ranks, trace) -> int:
     engine.close()
     profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    first = min(events, key=lambda e: e["ts"])["args"]
-    return max(e["args"]["Total Allocated"] for e in events) - (first["Total Allocated"] - first["Bytes"])
+    return peak_of((e["args"]["Addr"], e["args"]["Bytes"]) for e in sorted(events, key=lambda e: e["ts"]))
+
+
+def peak_of(changes: Iterable[tuple[int, int]]) -> int:
+    """The most that was there at once, of (address, bytes; below 0 where freed). Frees on threads that the profiler
+    does not watch are missing from its own total; an address that is given out again was free."""
+    there: dict[int, int] = {}
+    now = most = 0
+    for address, size in changes:
+        now += max(size, 0) - there.pop(address, 0)
+        if size > 0:
+            there[address] = size
+        most = max(most, now)
+    return most
 
 
 def build_model(config: Config) -> DualEncoder:
@@ -183,13 +196,8 @@ COVLR = ["objective.name=covlr", "teacher.source=cache", "teacher.cache=none"]
     ids=lambda overrides: " ".join(o.split(".", 1)[1] for o in overrides if "teacher" not in o),
 )
 def test_the_peak_is_within_15_percent_of_the_measured_one(ranks, tmp_path, overrides):
-    """Measured again where it is not: after many other runs in one process the profiler once counted 12 MB more."""
     config = config_of(*overrides)
-    plan = planned(config)
-    for _ in range(2):
-        measured = measured_peak(config, ranks, tmp_path / "trace.json")
-        if plan.peak == pytest.approx(measured, rel=0.15):
-            break
+    plan, measured = planned(config), measured_peak(config, ranks, tmp_path / "trace.json")
     assert plan.peak == pytest.approx(measured, rel=0.15), (plan.memory, plan.moments)
 
 
@@ -341,7 +349,7 @@ def test_a_teacher_costs_its_weights_and_its_forward():
 @pytest.mark.parametrize(
     ("overrides", "world_size", "said"),
     [
-        (["train.global_batch_size=33"], 2, "33 is not divisible by the world size 2"),
+        (["train.global_batch_size=33"], 2, "33 cannot be divided by the world size 2"),
         (["train.chunk_size=24"], 1, "chunk_size=24 does not divide a rank's 64 pairs"),
         (["model.vision={source: null, config: null}"], 1, "exactly one of model.vision.source and"),
     ],

@@ -19,6 +19,7 @@ from vlscale.train.memory_plan_losses import loss_bytes, loss_operations, loss_t
 
 BUCKET = 500_000_000  # numbers: DeepSpeed's default reduce_bucket_size
 LIVE = 1_000_000_000  # numbers: DeepSpeed's default stage3_max_live_parameters
+PREFETCH = 50_000_000  # numbers: DeepSpeed's default stage3_prefetch_bucket_size
 PLACE = 8  # bytes of a place in the global batch
 
 
@@ -97,7 +98,8 @@ def _persistent(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     if stage == 3:  # made once, at the start
         device |= {"gradients": run.learned * run.gradient_size // run.world, "buckets": _bucket_bytes(run)}
         live = min(run.parameters, int(run.zero.get("stage3_max_live_parameters", LIVE)))
-        device["gathered weights, at most"] = live * run.size * (run.world > 1)
+        ahead = min(run.parameters, int(run.zero.get("stage3_prefetch_bucket_size", PREFETCH)))  # in one piece first
+        device["gathered weights, at most"] = (live + ahead) * run.size * (run.world > 1)
     host = {}
     of_optimizer = ("master weights", "optimizer states", *(("gradients",) if stage == 3 else ()))
     for key, parts in (("offload_optimizer", of_optimizer), ("offload_param", ("weights",))):
@@ -132,8 +134,9 @@ def _passing(run: Run) -> dict[str, int]:
 
 
 def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
-    """Bytes at the three moments. ZeRO 1 and 2 move gradients to their buckets as they come, stage 0 leaves them where
-    they are, while activations become fewer. Those of an update's earlier losses are there all the while."""
+    """Bytes at the three moments. ZeRO 1 to 3 move gradients to their buckets as they come, stage 0 leaves them where
+    they are, while activations become fewer; by chunks they come when the last one has added to them, so that those of
+    a whole tower wait. Those of an update's earlier losses are there all the while."""
     stage, once = run.stage, run.once
     update = always + passing["inputs"]
     always = update + passing.get("meta step", 0)
@@ -147,7 +150,9 @@ def _moments(run: Run, always: int, passing: dict[str, int]) -> dict[str, int]:
         with_gradients = activations + gradients
     if stage == 0:
         backward = max(backward, with_gradients)
-    elif stage < 3:
+    elif run.chunked:
+        backward += run.size * (run.learned if run.fuses else max(tower.learned for tower in run.towers.values()))
+    if 0 < stage < 3:
         backward += passing["buckets"] + (gradients if stage == 2 and run.world > 1 else 0)
     if run.losses > 1:
         backward = max(backward, sum(passing.values()) - passing["inputs"] - passing.get("meta step", 0))
