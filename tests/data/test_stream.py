@@ -298,8 +298,8 @@ def test_a_batch_as_large_as_the_corpus_works(run_stream, keys_of, corpus, make_
 @pytest.mark.parametrize(
     "batch, world, lanes, message",
     [
-        (64, 3, None, "not divisible by the world size 3; nearest that are: 63, 66"),
-        (2, 4, None, "not divisible by the world size 4; nearest that are: 4"),
+        (64, 3, None, "cannot be divided by the world size 3; nearest that can: 63, 66"),
+        (2, 4, None, "cannot be divided by the world size 4; nearest that can: 4"),
         (
             96,
             3,
@@ -315,9 +315,17 @@ def test_lanes_that_do_not_fit_list_those_that_do(batch, world, lanes, message):
         choose_lanes(batch, world, lanes)
 
 
-@pytest.mark.parametrize("batch, lanes", [(256, 64), (96, 32), (7, 1), (512, 64), (24, 8)])
+@pytest.mark.parametrize(
+    "batch, lanes",
+    [(256, 64), (96, 32), (7, 1), (512, 64), (24, 8), (2048, 64), (4096, 128), (12_288, 256), (1 << 20, 4096)],
+)
 def test_default_lanes(batch, lanes):
     assert choose_lanes(batch, 1, None) == lanes
+
+
+@pytest.mark.parametrize("batch, world", [(4096, 128), (32_768, 512), (1 << 20, 4096)])
+def test_default_lanes_serve_a_rank_for_32_pairs(batch, world):
+    assert choose_lanes(batch, world, None) % world == 0
 
 
 @pytest.mark.parametrize(

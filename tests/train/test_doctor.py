@@ -70,7 +70,7 @@ def test_a_good_config_is_usable(tiny_config):
 @pytest.mark.parametrize(
     ("override", "world_size", "name", "said"),
     [
-        ("train.global_batch_size=33", 2, "batch", "not divisible by the world size 2"),
+        ("train.global_batch_size=33", 2, "batch", "cannot be divided by the world size 2"),
         ("train.chunk_size=5", 2, "batch", "chunk_size=5 does not divide a rank's 16 pairs"),
         ("data.train=nowhere/*.tar", 1, "data.train", "no shard matches"),
         ("data.train={short}", 1, "data.train", "has 3 bytes, expected a tar file"),

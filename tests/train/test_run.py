@@ -235,7 +235,7 @@ def test_a_folder_that_holds_a_run_is_refused(capsys, undisturbed, tiny_config):
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(capsys, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     said = refused(capsys, "train", str(tiny_config), "--out", str(tmp_path / "run"))
-    assert "32 cannot be divided by the world size 3; nearest that can: 30" in said
+    assert "32 cannot be divided by the world size 3; nearest that can: 30, 33" in said
 
 
 def test_a_shard_that_is_no_tar_is_refused(capsys, tiny_config, tmp_path):

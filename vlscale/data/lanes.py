@@ -22,7 +22,9 @@ LANE_STATE = np.dtype(  # of a lane, for one source
     ]
 )
 MAX_BLOCK = 1000
-DEFAULT_LANES = 64
+DEFAULT_LANES = 64  # of batches up to LANE_PAIRS times as many pairs; larger ones get more, for more ranks
+LANE_PAIRS = 32
+MOST_LANES = 4096
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,18 @@ def merge_states(states: list[StreamState]) -> StreamState:
 
 
 def choose_lanes(global_batch_size: int, world_size: int, lanes: int | None) -> int:
-    """V: as asked, or the largest power of two up to 64 that divides the batch."""
+    """V: as asked, or the largest power of two that divides the batch and is at most 64 or, of a large batch, one for
+    every 32 pairs and at most 4,096. It never depends on the world size, since the batches depend on it."""
     if global_batch_size % world_size:
         near = sorted({global_batch_size // world_size * world_size, -(-global_batch_size // world_size) * world_size})
         raise ValueError(
-            f"train.global_batch_size={global_batch_size} is not divisible by the world size {world_size}; "
-            f"nearest that are: {', '.join(str(size) for size in near if size)}"
+            f"train.global_batch_size={global_batch_size} cannot be divided by the world size {world_size}; "
+            f"nearest that can: {', '.join(str(size) for size in near if size)}"
         )
     asked = lanes is not None
-    lanes = lanes or min(DEFAULT_LANES, global_batch_size & -global_batch_size)
+    if not asked:
+        most = min(max(DEFAULT_LANES, global_batch_size // LANE_PAIRS), MOST_LANES)
+        lanes = min(1 << most.bit_length() - 1, global_batch_size & -global_batch_size)
     if global_batch_size % lanes or lanes % world_size:
         fit = [v for v in range(world_size, global_batch_size + 1, world_size) if global_batch_size % v == 0]
         near = sorted(sorted(fit, key=lambda v: abs(v - lanes))[:4])

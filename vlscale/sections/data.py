@@ -40,7 +40,8 @@ class DataConfig(Section):
     # JPEG's DCT scaling leaves; the processor's own, bit for bit; or on the device, by the processor's filter, cropped,
     # resized, flipped, coloured and scaled in one CUDA kernel (elsewhere in torch, slower): workers only decode
     max_pixels: int = Field(64_000_000, gt=0)
-    lanes: int | None = Field(None, gt=0)  # logical streams; null: largest power of two <= 64 that divides the batch
+    lanes: int | None = Field(None, gt=0)  # logical streams; null: a power of two that divides the batch, 64 or, of a
+    # batch of 4,096 pairs and more, one for every 32 pairs
     window: int = Field(8, gt=0)  # blocks a lane shuffles together
     length_buckets: int = Field(1, gt=0)  # groups of alike caption length in a window: less padding, batches of a kind
     workers: int = Field(0, ge=0)

@@ -1,5 +1,7 @@
 """A teacher with the preprocessing that is its own, and the hashes that say which of both it is.
 
+A run keeps the hashes of its teachers, its stamp, and goes on with no others.
+
 Legend: S side of a teacher's pictures, B pictures, T captions, D width of a teacher's embeddings.
 """
 
@@ -8,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,17 @@ from vlscale.data.teacher_cache import TeacherFacts
 from vlscale.data.tokens import tokenise
 from vlscale.evaluate.run import longest_text
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer
-from vlscale.models.teachers import Teacher, load_teacher
+from vlscale.models.teachers import Teacher, Teachers, load_teacher
 from vlscale.models.towers import check_room
+from vlscale.sections import TeacherConfig
+
+TEACHERS = "teachers.json"  # file in a run: its stamp
+Stamp = dict[str, TeacherFacts]  # of image and text
+_PUT_BACK = {
+    "hf": "put the teacher of then back",
+    "cache": "give a cache of the teacher of then",
+    "frozen_copy": "put back model.init_from, the towers and train.seed, which the copy is made of",
+}
 
 
 @dataclass(frozen=True)
@@ -63,16 +75,73 @@ class TextTeacher:
 
 
 def load_image_teacher(path: str) -> ImageTeacher:
-    teacher = load_teacher("vision", path)
-    return ImageTeacher(path, teacher, ImageSpec.from_processor(load_image_processor(teacher.source)))
+    return _image_teacher(path, load_teacher("vision", path))
 
 
 def load_text_teacher(path: str) -> TextTeacher:
-    teacher = load_teacher("text", path)
+    loaded = _text_teacher(path, load_teacher("text", path))
+    check_room(loaded.teacher.tower, loaded.max_length)
+    return loaded
+
+
+def _image_teacher(path: str, teacher: Teacher) -> ImageTeacher:
+    return ImageTeacher(path, teacher, ImageSpec.from_processor(load_image_processor(teacher.source)))
+
+
+def _text_teacher(path: str, teacher: Teacher) -> TextTeacher:
     tokenizer = load_tokenizer(teacher.source)
-    max_length = longest_text(tokenizer)
-    check_room(teacher.tower, max_length)
-    return TextTeacher(path, teacher, tokenizer, max_length)
+    return TextTeacher(path, teacher, tokenizer, longest_text(tokenizer))
+
+
+def live_stamp(config: TeacherConfig, teachers: Teachers, spec: ImageSpec) -> Stamp:
+    """Of a run's own teachers: ask before they are moved to another dtype. A frozen copy sees what the student sees:
+    pictures prepared by `spec`, and tokens of the tokenizer that the run keeps."""
+    if config.source == "frozen_copy":
+        return {"image": _copy_facts(teachers.image, asdict(spec)), "text": _copy_facts(teachers.text, None)}
+    image, text = _image_teacher(config.image, teachers.image), _text_teacher(config.text, teachers.text)
+    return {"image": image.facts, "text": text.facts}
+
+
+def _copy_facts(teacher: Teacher, preprocessing: Any) -> TeacherFacts:
+    return TeacherFacts("frozen_copy", _hash_weights(teacher), _hash(preprocessing), teacher.width)
+
+
+def difference(given: TeacherFacts, kept: TeacherFacts) -> tuple[str, str, str] | None:
+    """The first of both hashes that differs: of what, as given, as kept."""
+    parts = ((part, getattr(given, part), getattr(kept, part)) for part in ("weights", "preprocessing"))
+    return next((each for each in parts if each[1] != each[2]), None)
+
+
+def check_same_teachers(stamp: Stamp, config: TeacherConfig, folder: Path) -> None:
+    """Raises ValueError where the run in `folder` began with other teachers. One that kept no stamp goes on."""
+    begun = _kept_stamp(folder)
+    for name, kept in begun.items() if begun else ():
+        given = stamp[name]
+        differs = difference(given, kept)
+        if differs is not None:
+            part, got, expected = differs
+            raise ValueError(
+                f"cannot resume: teacher.source={config.source}: the {name} teacher changed, {folder} began with "
+                f"{kept.source} ({part} hash {expected}), this run has {given.source} ({part} hash {got}); "
+                f"{_PUT_BACK[config.source]}, start a new run in another folder, or delete {folder / TEACHERS} to go "
+                "on with this one"
+            )
+
+
+def _kept_stamp(folder: Path) -> Stamp | None:
+    """None where there is no run yet, or what it says of its teachers was lost with the power."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    try:
+        told = json.loads((folder / TEACHERS).read_text())
+        return {name: TeacherFacts(**told[name]) for name in ("image", "text")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stamp_text(stamp: Stamp) -> str:
+    """What `teachers.json` holds."""
+    return json.dumps({name: asdict(facts) for name, facts in stamp.items()}, indent=1) + "\n"
 
 
 def _width(named: str, probe: Callable[[], torch.Tensor]) -> int:

@@ -125,11 +125,11 @@ def train_run(job: Job, *, resume: bool) -> None:
     ):
         watchdog.enter("data", run.step + 1)
         first = next(run.batches)
-        check_teachers(run.parts, first, ranks)
+        check_teachers(run.parts, config.objective, first, ranks)
         try:
             with written_by_first(folder, ranks):
                 if ranks.first:
-                    claim_folder(folder, config, run.parts.tokenizer, run.manifest)
+                    claim_folder(folder, config, run.parts, run.manifest)
             _steps(run, chain([first], run.batches), watchdog)
             watchdog.enter("saving after the last", config.train.max_steps)
             run.save_model(folder / "final")

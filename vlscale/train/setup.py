@@ -14,31 +14,40 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from vlscale.config import dump
 from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec, normalise
-from vlscale.data.lanes import StreamState
+from vlscale.data.lanes import StreamState, choose_lanes
 from vlscale.data.manifest import Manifest
 from vlscale.data.samples import read_samples
 from vlscale.data.stream import TrainStream
-from vlscale.data.teacher_cache import read_header
+from vlscale.data.teacher_cache import CacheHeader, read_header
 from vlscale.data.teacher_files import cache_place
 from vlscale.data.tokens import train_tokenizer
-from vlscale.distributed import Ranks
+from vlscale.distributed import Ranks, gather_rows
 from vlscale.logging import get_logger
 from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_folder
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
 from vlscale.models.masked_head import MaskedHead
 from vlscale.models.teacher_heads import TeacherHeads
-from vlscale.models.teachers import Teachers, build_teachers, check_not_constant
+from vlscale.models.teachers import (
+    LEAST_ROWS,
+    WEAK_SPREAD,
+    Teachers,
+    build_teachers,
+    check_not_constant,
+    relation_range,
+)
 from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
 from vlscale.objectives.masked_language import Words
-from vlscale.sections import Config
+from vlscale.sections import Config, ObjectiveConfig
 from vlscale.train.agreed_stream import AgreedStream
 from vlscale.train.cached_teachers import check_teacher_cache
+from vlscale.train.frozen_teachers import TEACHERS, Stamp, check_same_teachers, live_stamp, stamp_text
 from vlscale.train.inputs import Inputs
 
 TOKENIZER = "tokenizer"  # folder in a run
 CORPUS = "data.json"  # likewise a file: what it is trained on
 TOKENIZER_SAMPLES = 100_000  # captions that a new tokenizer learns from: enough for any vocabulary that it may have
+JUDGED_ROWS = 256  # of a teacher, over all ranks: as many as `check_not_constant` looks at
 
 
 @dataclass
@@ -49,15 +58,19 @@ class Parts:
     model: DualEncoder
     teachers: Teachers | None
     inputs: Inputs
+    stamp: Stamp | None = None  # rank 0's, where there are teachers
 
 
-def claim_folder(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> None:
-    """Makes the run's folder, once all that can be wrong has been found right: first the tokenizer and what is trained
-    on, and last the resolved `config.yaml`, which is what makes it a run. One rank does."""
+def claim_folder(folder: Path, config: Config, parts: Parts, manifest: Manifest) -> None:
+    """Makes the run's folder, once all that can be wrong has been found right: first the tokenizer, what is trained on
+    and by which teachers, and last the resolved `config.yaml`, which is what makes it a run. One rank does."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder / TOKENIZER)
+    parts.tokenizer.save_pretrained(folder / TOKENIZER)
     corpus = {"manifest": manifest.hash, "shards": len(manifest.urls), "samples": manifest.num_samples}
-    for name, text in ((CORPUS, json.dumps(corpus) + "\n"), ("config.yaml", dump(config))):
+    texts = {CORPUS: json.dumps(corpus) + "\n"}
+    if parts.stamp is not None:
+        texts[TEACHERS] = stamp_text(parts.stamp)
+    for name, text in (texts | {"config.yaml": dump(config)}).items():
         partial = folder / f".{name}.partial"
         partial.write_text(text)
         os.replace(partial, folder / name)
@@ -68,11 +81,7 @@ def check_sizes(config: Config) -> None:
     if config.data.train is None:
         raise ValueError("data.train is not set: give the training shards, for example data.train='SHARDS/train-*.tar'")
     batch, size = config.train.global_batch_size, int(os.environ.get("WORLD_SIZE", 1))
-    if batch % size:
-        raise ValueError(
-            f"train.global_batch_size={batch} cannot be divided by the world size {size}; "
-            f"nearest that can: {max(1, batch // size) * size}"
-        )
+    choose_lanes(batch, size, config.data.lanes)
     local, chunk = batch // size, config.train.chunk_size
     if chunk is not None and local % chunk:
         fits = [c for c in range(1, local + 1) if local % c == 0]
@@ -110,19 +119,42 @@ def build_probe(config: Config, parts: Parts, ranks: Ranks) -> Batch | None:
         return next(batches)
 
 
-def check_teachers(parts: Parts, batch: Batch, ranks: Ranks) -> None:
-    """Raises the same ValueError on every rank when a teacher's relations in the batch say nothing."""
+def check_teachers(parts: Parts, objective: ObjectiveConfig, batch: Batch, ranks: Ranks) -> None:
+    """Raises the same ValueError on every rank when a teacher's relations in the global batch say nothing, and warns of
+    one whose relations say little. `batch`: this rank's part."""
     image, text = parts.inputs.teacher_rows(batch)
-    found = None
-    try:
-        if image is not None:
+    if image is None:
+        return
+    each = -(-JUDGED_ROWS // ranks.size)
+    image, text = (gather_rows(rows[:each].float(), ranks) for rows in (image, text))
+    fault = None
+    if ranks.first:
+        try:
             check_not_constant(image, "teacher.image")
             check_not_constant(text, "teacher.text")
-    except ValueError as error:
-        found = str(error)
-    said = [each for each in ranks.gather_objects(found) if each is not None]
-    if said:
-        raise ValueError(said[0])
+        except ValueError as error:
+            fault = str(error)
+    fault = ranks.from_first(fault)
+    if fault is not None:
+        raise ValueError(fault)
+    if ranks.first:
+        _warn_if_weak("image", image, objective, objective.image_relation_weight)
+        _warn_if_weak("text", text, objective, objective.text_relation_weight)
+
+
+def _warn_if_weak(name: str, rows: torch.Tensor, objective: ObjectiveConfig, weight: float) -> None:
+    """`rows` (B, D_teacher) of different samples. With covlr, nothing of a side without `weight`."""
+    covlr = objective.name == "covlr"
+    if len(rows) < LEAST_ROWS or (covlr and weight == 0):
+        return
+    least, most = relation_range(rows)
+    if most - least < WEAK_SPREAD:
+        leave_out = f", or set objective.relation_weight_{name}=0" if covlr else ""
+        get_logger().warning(
+            "teacher.%s hardly tells samples apart: all relations lie between %.5f and %.5f; give a trained teacher "
+            "with its own preprocessing%s",
+            name, least, most, leave_out,
+        )  # fmt: skip
 
 
 def check_same_data(manifest: Manifest, begun: Path | None, ranks: Ranks) -> None:
@@ -154,7 +186,7 @@ def _corpus_of(folder: Path) -> dict | None:
 
 def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     """The same on every rank: weights are drawn from `train.seed`."""
-    check_teacher_cache(config, ranks)
+    header = check_teacher_cache(config, ranks)
     tokenizer = build_tokenizer(config, folder, ranks)
     tokenizer.model_max_length = config.model.text.max_length  # so that `final/` cuts where training did
     if config.model.text.config is not None:
@@ -187,6 +219,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     if model.fusion is not None and not config.objective.fuses:
         get_logger().info("no objective has a weight that looks at the fusion encoder: it stays as it is")
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    stamp = _same_teachers(config, header or teachers, spec, folder, ranks)
     if teachers is not None:
         for teacher in (teachers.image, teachers.text):
             teacher.to(ranks.device, dtype)
@@ -205,7 +238,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     if config.data.decode == "device":
         _check_resample(inputs.teacher_spec, "the image teacher's processor")
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
-    return Parts(tokenizer, processor, spec, model, teachers, inputs)
+    return Parts(tokenizer, processor, spec, model, teachers, inputs, stamp)
 
 
 def _check_resample(spec: ImageSpec, whose: str) -> None:
@@ -221,6 +254,27 @@ def _teacher_widths(config: Config, teachers: Teachers | None) -> tuple[int, int
         return teachers.image.width, teachers.text.width
     header = read_header(cache_place(config.teacher.cache, config.data))
     return header.image.width, header.text.width
+
+
+def _same_teachers(
+    config: Config, teachers: Teachers | CacheHeader | None, spec: ImageSpec, folder: Path, ranks: Ranks
+) -> Stamp | None:
+    """Which teachers these are, found by rank 0 alone; None elsewhere, and without teachers. Raises the same ValueError
+    on every rank where the run in `folder` began with others."""
+    stamp = fault = None
+    if teachers is not None and ranks.first:
+        try:
+            if isinstance(teachers, CacheHeader):
+                stamp = {"image": teachers.image, "text": teachers.text}
+            else:
+                stamp = live_stamp(config.teacher, teachers, spec)
+            check_same_teachers(stamp, config.teacher, folder)
+        except ValueError as error:
+            fault = str(error)
+    fault = ranks.from_first(fault)
+    if fault is not None:
+        raise ValueError(fault)
+    return stamp
 
 
 def build_tokenizer(config: Config, folder: Path, ranks: Ranks) -> PreTrainedTokenizerBase:
