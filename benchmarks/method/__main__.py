@@ -105,9 +105,14 @@ def read_study(path: Path) -> dict:
 
 
 def command_of(given: argparse.Namespace) -> str:
-    study = "" if given.study == HERE / "study.yaml" else f" --study {given.study}"
-    levels = f" --levels {' '.join(given.levels)}" if given.levels else ""
-    return f"vlscale bench method{study} --out DIR --emoji FOLDER{levels} --processes {given.processes} --write"
+    """As it was typed, but for folders."""
+    words = ["vlscale bench method"]
+    words += [] if given.study == HERE / "study.yaml" else [f"--study {given.study}"]
+    words += ["--out DIR", *(["--emoji FOLDER"] if given.emoji else [])]
+    words += [f"--levels {' '.join(given.levels)}"] if given.levels else []
+    words += [f"--cells {given.cells}"] if given.cells else []
+    words += ["--only-report"] if given.only_report else [f"--processes {given.processes}"]
+    return " ".join([*words, "--write"])
 
 
 def untuned(study: dict) -> dict[str, dict] | None:
