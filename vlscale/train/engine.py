@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 from vlscale.distributed import Ranks
 from vlscale.sections import Config, EngineConfig
 from vlscale.train.checkpoint_files import Files, handed_over
-from vlscale.train.deepspeed_json import json_for_deepspeed
+from vlscale.train.deepspeed_json import json_for_deepspeed, refusals_named
 from vlscale.train.elastic import load_full, save_full
 from vlscale.train.gradients import Gradients, Held, Move, moving, parameter_norm
 from vlscale.train.optimizer import build_optimizer, set_rates
@@ -51,7 +51,7 @@ def start_ranks(engine: EngineConfig) -> Ranks:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         atexit.register(dist.destroy_process_group)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed(verbose=False)
     return Ranks(rank, size, device, dist.group.WORLD if size > 1 else None)
 
@@ -60,15 +60,13 @@ class Engine:
     """One model under DeepSpeed. Every method is called by all ranks together."""
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks):
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self.ranks = ranks
         self._optimizer = build_optimizer(model, config.optim)
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self._optimizer,
-            config=json_for_deepspeed(config, ranks.size, learned),
-        )
+        made = json_for_deepspeed(config, ranks.size, learned)
+        with refusals_named(config):
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=made)
         self._losses, self._taken = config.train.accumulate_losses, 0  # of an update, and of the one being made
         self._sharded = config.engine.zero_stage > 0 or config.engine.dtype == "bf16"
         self._split = ranks if config.engine.zero_stage == 3 else None  # the ranks that parameters are split over
@@ -328,7 +326,7 @@ class Engine:
         gc.collect()
 
 
-def _import_deepspeed():
+def import_deepspeed():
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 

@@ -41,6 +41,7 @@ from vlscale.objectives.masked_language import Words
 from vlscale.sections import Config, ObjectiveConfig
 from vlscale.train.agreed_stream import AgreedStream
 from vlscale.train.cached_teachers import check_teacher_cache
+from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.frozen_teachers import TEACHERS, Stamp, check_same_teachers, live_stamp, stamp_text
 from vlscale.train.inputs import Inputs
 
@@ -82,6 +83,7 @@ def check_sizes(config: Config) -> None:
         raise ValueError("data.train is not set: give the training shards, for example data.train='SHARDS/train-*.tar'")
     batch, size = config.train.global_batch_size, int(os.environ.get("WORLD_SIZE", 1))
     choose_lanes(batch, size, config.data.lanes)
+    json_for_deepspeed(config, size)
     local, chunk = batch // size, config.train.chunk_size
     if chunk is not None and local % chunk:
         fits = [c for c in range(1, local + 1) if local % c == 0]
