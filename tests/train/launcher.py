@@ -13,4 +13,4 @@ def launch(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2"]
     command += ["--master_port", str(free_port()), str(launch_folder() / "train.py"), str(config), "--out", str(out)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=1800)

@@ -8,6 +8,9 @@ The towers run once: their features do not depend on P, nor does what a fusion e
 gradient of the gradient goes through the contrastive loss's own double backward (linear memory), and through
 collectives that are differentiable twice.
 
+In bf16 P is the rounded weight that the forward used, so that L_c, g and P' belong to the same parameters. P' is a
+float32 tensor of the graph and never rounded to bf16: all of the shift is realised, so no cosine of it is logged.
+
 Legend: B pairs of this rank.
 """
 

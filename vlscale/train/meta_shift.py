@@ -9,8 +9,9 @@ last of a step's passes goes through the engine, whose backward is handed the ot
 and updates once. Each gradient that is kept costs the memory of the learned parameters on every rank, at every ZeRO
 stage: one for first_order, three for finite_difference, and a copy of the parameters while they are moved.
 
-meta.epsilon is e |v| / |theta|. The error of H v falls as its square until rounding shows, which in bf16 is most of
-H v: there `heads` is the way to second order.
+meta.epsilon is e |v| / |theta|. The error of H v falls as its square until rounding shows. In bf16, at the default, H v
+had a cosine of 0.98 to 0.99 with the exact one on small models, and 0.9 where the master weights were numbers of bf16
+themselves, as at a run's start; `heads` is exact to second order in either.
 """
 
 import torch
