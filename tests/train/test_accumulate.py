@@ -1,5 +1,5 @@
-"""Updates that are the mean of several losses, offloaded states, blocks computed again: by the real launcher on two
-ranks and on one, against plain PyTorch on one process."""
+"""Updates that are the mean of several losses, states and weights on the host, blocks computed again: by the real
+launcher on two ranks and on one, against plain PyTorch on one process."""
 
 import json
 import shutil
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.train.meta_reference import reference_loss
 from vlscale.config import load_plan
 from vlscale.distributed import Ranks
+from vlscale.models.dual_encoder import load_dual_encoder, weights_of
 from vlscale.train.key_hash import key_hash
 from vlscale.train.metrics_file import read_metrics
 from vlscale.train.optimizer import build_optimizer
@@ -31,6 +31,9 @@ RUNS = {
     "finite_difference": f"meta: {{mode: finite_difference}}, engine: {{zero_stage: 0}}, train: {{{MANY}}}",
     "offload-zero2": f"engine: {{zero_stage: 2, offload_optimizer: cpu}}, train: {{{MANY}}}",
     "offload-zero3": "engine: {zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}",
+    "offload-parameters": "engine: {zero_stage: 3, offload_parameters: cpu}",
+    "bf16-zero2": "engine: {zero_stage: 2, dtype: bf16}",
+    "bf16-zero2-offload": "engine: {zero_stage: 2, dtype: bf16, offload_optimizer: cpu}",
     "checkpointing": "engine: {zero_stage: 3, activation_checkpointing: true}, train: {chunk_size: 4}",
     "sigmoid-heads": "objective: {loss: sigmoid}, meta: {mode: heads}, engine: {zero_stage: 2}",
 }
@@ -108,9 +111,19 @@ def test_two_ranks_follow_plain_pytorch(launched, plain, name):
     count = LOSSES if "accumulate_losses" in RUNS[name] else 1
     assert [line["samples"] for line in lines] == [16 * count * step for step in range(1, STEPS + 1)]
     if within == 1e-5:
-        final = load_file(launched / name / "final" / "model.safetensors")
-        for key in final.keys() & weights.keys():
+        final = weights_of(load_dual_encoder(str(launched / name)))
+        assert final.keys() == weights.keys()
+        for key in final:
             torch.testing.assert_close(final[key].reshape(weights[key].shape), weights[key], rtol=1e-3, atol=2e-4)
+
+
+def test_master_weights_on_the_host_are_those_on_the_device(launched):
+    """bf16 at ZeRO-2, where most put them."""
+    device, host = (
+        weights_of(load_dual_encoder(str(launched / name))) for name in ("bf16-zero2", "bf16-zero2-offload")
+    )
+    for key in device:
+        torch.testing.assert_close(host[key], device[key], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["first_order-next", "offload-zero3"])
