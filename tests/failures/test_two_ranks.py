@@ -37,11 +37,14 @@ main(["train", *(word for word in sys.argv[1:] if not word.startswith("--local_r
 """
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, launcher: str = "deepspeed", **environment: str) -> subprocess.Popen:
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2"]
-    command += ["--master_port", str(free_port()), str(script), *arguments]
+    command = {
+        "deepspeed": ["deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port"],
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    }[launcher]
+    command = [sys.executable, "-m", *command, str(free_port()), str(script), *arguments]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
@@ -106,10 +109,12 @@ def test_two_one_two_ranks_follow_the_undisturbed_run(tiny_config, tmp_path, opt
             torch.testing.assert_close(moved[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_when_a_rank_is_killed_all_end_and_no_process_is_left(tiny_config, tmp_path):
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_when_a_rank_is_killed_all_end_and_no_process_is_left(launcher, tiny_config, tmp_path):
+    """With one line that names it."""
     out = tmp_path / "out"
     slow = ["engine.timeout_seconds=20", "engine.step_timeout_seconds=1"]
-    process = start(tmp_path, str(tiny_config), "--out", str(out), *slow, SLEEP="3")
+    process = start(tmp_path, str(tiny_config), "--out", str(out), *slow, launcher=launcher, SLEEP="3")
     report = out / "watchdog-rank-1.txt"
     deadline = time.monotonic() + 600
     while not (report.is_file() and "step of step 3" in report.read_text()):
@@ -119,9 +124,23 @@ def test_when_a_rank_is_killed_all_end_and_no_process_is_left(tiny_config, tmp_p
     ranks = {child.environ().get("RANK"): child for child in children if "train.py" in " ".join(child.cmdline())}
     killed = time.monotonic()
     ranks["1"].send_signal(signal.SIGKILL)
-    process.communicate(timeout=300)
+    said = process.communicate(timeout=300)[1]
     assert process.returncode != 0 and time.monotonic() - killed < 60
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert said.count("rank 1 of 2 is gone (no sign of it for 5 s), noticed by rank 0 in step 3; see its own log") == 1
+
+
+def test_a_rank_that_sleeps_for_ever_is_named_by_the_other_after_the_short_timeout(tiny_config, tmp_path):
+    slow = ["engine.timeout_seconds=300", "engine.warm_timeout_seconds=5"]
+    out = tmp_path / "out"
+    with start(tmp_path, str(tiny_config), "--out", str(out), *slow, launcher="torchrun", SLEEP="3") as process:
+        try:
+            said = next((line for line in process.stderr if "no sign" in line), "")
+        finally:
+            for rank in psutil.Process(process.pid).children(recursive=True):
+                rank.kill()  # torchrun would give the one that sleeps half a minute
+    assert process.returncode != 0
+    assert "rank 1 of 2 gives no sign (for 5 s), noticed by rank 0 in step 3; see its own log" in said
 
 
 def test_when_the_deepspeed_command_is_killed_the_ranks_save_and_end(tiny_config, tmp_path):

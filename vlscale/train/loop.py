@@ -122,6 +122,7 @@ def train_run(job: Job, *, resume: bool) -> None:
     with (
         Watchdog(folder, ranks, config.engine.step_timeout_seconds, timeouts) as watchdog,
         open_run(job, remote=remote) as run,
+        watchdog.ending_at_once(),
     ):
         watchdog.enter("data", run.step + 1)
         first = next(run.batches)

@@ -2,15 +2,19 @@
 
 A rank whose peers are gone or late gets an error from the collective that it waits in, at once where the connection
 breaks, after `engine.timeout_seconds` at the latest: once two steps have been made, and outside of validation and
-checkpoints, after the shorter `engine.warm_timeout_seconds`. It then says in one line where that was, and ends with
-exit code 1 without waiting for anybody, since the process group cannot be shut down any more.
+checkpoints, after the shorter `engine.warm_timeout_seconds`. It then says in one line where that was and, the lowest
+of those that are left, which rank is gone (`last_words.py`, some seconds), and ends with exit code 1 without closing
+anything, since the process group cannot be shut down any more.
 """
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +23,8 @@ import torch.distributed as dist
 
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
+from vlscale.train.last_words import RollCall
+from vlscale.train.stop import SIGNALS
 
 WARM_AFTER = 2  # steps: the first ones compile, allocate and connect
 _BACKENDS = ("gloo", "NCCL", "Connection closed by peer")
@@ -59,18 +65,30 @@ class Watchdog:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        if self._ranks.size > 1 and error is not None and lost_a_rank(error):
-            said = str(error).splitlines()[0]
-            get_logger().error(
-                "rank %d: another rank is gone or too late, noticed in %s: %s; --resume continues from the newest "
-                "checkpoint",
-                self._ranks.rank,
-                self._phase,
-                said,
-            )
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+        self._end_if_left_alone(error)
+
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """Around the steps, inside of what would be closed first: the others are waiting, and so is the launcher."""
+        try:
+            yield
+        except Exception as error:
+            self._end_if_left_alone(error)
+            raise
+
+    def _end_if_left_alone(self, error: BaseException | None) -> None:
+        if self._ranks.size == 1 or error is None or not lost_a_rank(error):
+            return
+        self._ended.set()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # of a launcher that ends those that are left: first the last words
+        said = str(error).splitlines()[0].partition(". ")[0]
+        phase, _, step = self._phase.partition(" of ")
+        where = step if phase == "step" else self._phase
+        get_logger().error("%s", RollCall(self._ranks, timed_out=timed_out(error)).line(where, said))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
@@ -106,3 +124,7 @@ def lost_a_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in _BACKENDS)
     )
+
+
+def timed_out(error: BaseException) -> bool:
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
