@@ -1,5 +1,6 @@
 """The method study: its intervals and tables on hand-made cells, and the documented small study from end to end."""
 
+import itertools
 import json
 import re
 import runpy
@@ -46,6 +47,14 @@ def test_an_interval_is_students():
 def test_an_interval_of_five_seeds_covers_the_mean_95_times_of_100():
     bounds = [seed_interval(given) for given in np.random.default_rng(0).normal(size=(4000, 5))]
     assert np.mean([low <= 0 <= high for low, high in bounds]) == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_percentile_bootstrap_of_five_seeds_covers_it_84_times_of_100():
+    """Why the intervals are not that."""
+    draws = np.array(list(itertools.product(range(5), repeat=5)))
+    seeds = np.random.default_rng(0).normal(size=(2000, 5))
+    bounds = [np.quantile(given[draws].mean(1), [0.025, 0.975]) for given in seeds]
+    assert np.mean([low <= 0 <= high for low, high in bounds]) == pytest.approx(0.84, abs=0.015)
 
 
 def cells(folder: Path, analyse) -> None:

@@ -63,12 +63,16 @@ ONCE = {
     name: f"{own}, objective: {{relation_weight: 5}}, optim: {DESCENT}, train: {{max_steps: 1}}"
     for name, own in ONCE.items()
 }
+LIGHT = "difference-once-light"  # relations as light as usual: the whole gradient is as near as other modes'
+LIGHTLY = {
+    LIGHT: f"meta: {{{DIFFERENCE}}}, engine: {{zero_stage: 2, dtype: bf16}}, optim: {DESCENT}, train: {{max_steps: 1}}"
+}
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_config, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "modes.yaml"
-    variants = [f"{name}: {{{own}}}" for name, own in (MATRIX | FURTHER | ONCE).items()]
+    variants = [f"{name}: {{{own}}}" for name, own in (MATRIX | FURTHER | ONCE | LIGHTLY).items()]
     path.write_text(
         f"base: {tiny_config}\n"
         "teacher: {source: frozen_copy}\n"
@@ -167,6 +171,12 @@ def gradient_bounds(config: Config) -> tuple[float, float]:
 def test_two_ranks_follow_plain_pytorch(launched, configs, plain, name):
     found = [line["loss"] for line in read_metrics(launched / name / "metrics.jsonl")]
     assert found == pytest.approx(plain(name).losses, rel=within(configs[name]))
+
+
+def test_one_step_of_finite_differences_in_bf16_with_light_relations(launched, plain):
+    expected, final = plain(LIGHT), weights_of(load_dual_encoder(str(launched / LIGHT)))
+    start = {key: value.bfloat16().float() for key, value in expected.before.items()}
+    assert torch.cosine_similarity(difference(final, start), expected.moved, 0) >= 0.999
 
 
 @pytest.mark.parametrize("name", ONCE)
