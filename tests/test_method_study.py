@@ -7,13 +7,21 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 
+from vlscale.distributed import Ranks
 from vlscale.evaluate.paired import seed_interval
+from vlscale.kernels import relation_kl_loss
+from vlscale.objectives import total
 from vlscale.resources import benchmarks_folder
+from vlscale.sections import ObjectiveConfig
+from vlscale.train import plan
 from vlscale.train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +126,7 @@ def test_every_study_that_is_kept_can_begin(name, tmp_path, monkeypatch):
     [
         ({"joint-0.3": {"is": {}}}, "names in `variants` are of letters, digits, - and _, got 'joint-0.3'"),
         ({"joint": {"is": {"objective": {"name": "kovlr"}}}}, "(joint): objective.name"),
+        ({"joint": {"is": {}, "outside": "gapp"}}, "bad.yaml: outside: unknown term 'gapp'; there are: confident, gap"),
     ],
 )
 def test_a_study_with_a_run_that_cannot_be_trained_is_refused_at_once(method, problem, tmp_path):
@@ -125,8 +134,65 @@ def test_a_study_with_a_run_that_cannot_be_trained_is_refused_at_once(method, pr
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(own))
     given = [sys.executable, str(METHOD), "--study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")]
     done = subprocess.run(given, capture_output=True, text=True)
-    assert done.returncode == 2 and f"config {tmp_path}/bad.yaml" in done.stderr and problem in done.stderr
+    place = "" if "outside" in problem else "config "
+    assert done.returncode == 2 and f"{place}{tmp_path}/bad.yaml" in done.stderr and problem in done.stderr
     assert not list((tmp_path / "out" / "cells").iterdir())
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    monkeypatch.syspath_prepend(str(METHOD))
+    import outside
+
+    return outside
+
+
+def test_a_confident_teacher_weighs_its_rows(outside):
+    """Of a teacher who is as sure of every row it is the package's row KL; else sure rows count for more."""
+    objective = ObjectiveConfig(name="covlr", student_temperature=0.2, teacher_temperature=0.3)
+    torch.manual_seed(0)
+    student = F.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
+
+    def confident(teacher: torch.Tensor) -> torch.Tensor:
+        return outside.confident_relation(student, teacher, objective, Ranks(), comm="auto", name="relation")[0]
+
+    turns = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    even = torch.stack([turns.cos(), turns.sin()], dim=1)
+    given = {"student_temperature": 0.2, "teacher_temperature": 0.3, "scope": "row", "impl": "reference"}
+    torch.testing.assert_close(confident(even), relation_kl_loss(student, even, **given))
+    uneven = F.normalize(torch.randn(8, 3, dtype=torch.float64), dim=1)
+    weights, distances = [], []
+    for row in range(8):
+        others = [at for at in range(8) if at != row]
+        teacher = (uneven[row] @ uneven[others].T / 0.3).softmax(0)
+        own = (student[row] @ student[others].T / 0.2).softmax(0)
+        weights.append(1 - float(-(teacher * teacher.log()).sum()) / np.log(7))
+        distances.append(float((teacher * (teacher / own).log()).sum()))
+    assert float(confident(uneven)) == pytest.approx(np.average(distances, weights=weights))
+
+
+def test_a_term_from_outside_goes_to_its_own_run_alone(outside, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        plan, "train_run", lambda job, resume: seen.update({job.folder.name: (total.relation, total.consistency_loss)})
+    )
+    package = total.relation, total.consistency_loss
+    with outside.outside({"sure": "confident", "near": "gap"}):
+        for name in ("plain", "sure", "near"):
+            plan.train_run(SimpleNamespace(folder=Path(name)), resume=True)
+    assert seen["plain"] == package == (total.relation, total.consistency_loss)
+    assert seen["sure"] == (outside.confident_relation, package[1])
+    assert seen["near"] == (package[0], outside.consistency_without_gap)
+
+
+def test_a_gap_between_the_means_is_added(outside):
+    image, text = F.normalize(torch.randn(2, 6, 4), dim=2)
+    rows = total.Embedded(image, text, torch.tensor(5.0), None, torch.arange(6))
+    objective = ObjectiveConfig(name="contrastive")
+    plain, _ = total.consistency_loss(rows, objective, Ranks())
+    with_gap, metrics = outside.consistency_without_gap(rows, objective, Ranks())
+    gap = float((image.mean(0) - text.mean(0)).square().sum())
+    assert float(with_gap - plain) == pytest.approx(gap, rel=1e-4) and float(metrics["gap"]) == pytest.approx(gap)
 
 
 def test_the_documented_small_study(tmp_path):

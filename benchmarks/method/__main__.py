@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from analyse import write_study  # noqa: E402
 from cell import plan_of  # noqa: E402
+from outside import TERMS  # noqa: E402
 
 from vlscale.config import load_plan  # noqa: E402
 
@@ -61,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         }
         write_study(study, cells, chosen, given.out, keep=given.write)
         return 0
+    terms = {method: own["outside"] for method, own in study["methods"].items() if "outside" in own}
+    unknown = sorted(set(terms.values()) - set(TERMS))
+    if unknown:
+        parser.error(f"{given.study}: outside: unknown term {unknown[0]!r}; there are: {', '.join(TERMS)}")
     common = {"threads": 1, "emoji": given.emoji and str(given.emoji), **{k: study[k] for k in ("pairs", "held_out")}}
 
     def job(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict:
@@ -68,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return common | {
             "name": name, "level": level, "level_name": level_name, "seed": seed, "split": split, "runs": runs,
             "recipe": study["recipes"][level.get("recipe", "scenes")],
+            "outside": {run: term for run, term in terms.items() if run in runs},
             "theta_prime": [method for method in runs if study["methods"].get(method, {}).get("theta_prime")],
             "folder": str((given.out / "work" / name).resolve()), "result": str((cells / f"{name}.json").resolve()),
             "pretrained": str((given.out / f"pretrained-seed-{seed}").resolve()),

@@ -16,6 +16,7 @@ from glob import glob
 from pathlib import Path
 
 import yaml
+from outside import outside
 from theta_prime import save_at_theta_prime
 
 from vlscale.config import load_plan
@@ -47,7 +48,8 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
     )
     runs = folder / "runs"
     begun = _pretrained(job) if "pretrained" in job["recipe"] else None
-    _train(plan_of(job, data["train"], begun), folder / "plan.yaml")
+    with outside(job.get("outside", {})):
+        _train(plan_of(job, data["train"], begun), folder / "plan.yaml")
     recipe, measured = job["recipe"].get("eval", {}), {}
     for name in job.get("theta_prime", []):
         save_at_theta_prime(runs / name, runs / f"{name}'")
@@ -87,12 +89,13 @@ def _matches(overrides: dict) -> bool:
 def _scenes(job: dict, folder: Path) -> dict[str, list[str]]:
     """Training and validation of one corpus, the test split of another of the same kind."""
     preset, pairs, held_out, seed = job["level"]["preset"], job["pairs"], job["held_out"], job["seed"]
+    own = job["level"].get("knobs", {})
     for name, knobs in {
         "train": {"pairs": pairs, "val_pairs": held_out, "seed": seed},
         "test": {"pairs": 1, "val_pairs": held_out, "seed": seed + TEST_SEEDS},
     }.items():
         if not (folder / name).exists():
-            make_corpus(folder / name, synth_config(preset, **knobs), processes=1, progress=False)
+            make_corpus(folder / name, synth_config(preset, **own, **knobs), processes=1, progress=False)
     return {
         "train": [f"{folder}/train/train-*.tar"],
         "val": [f"{folder}/train/val-*.tar"],
