@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from vlscale.models import siglip
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder
 from vlscale.models.rows import unit
-from vlscale.models.towers import Modality, check_weights, load_tower, one_line
+from vlscale.models.towers import Modality, check_weights, load_with_gaps, one_line, some
 from vlscale.sections import TeacherConfig
 
 PROJECTIONS = {"vision": "visual_projection", "text": "text_projection"}
@@ -24,7 +24,8 @@ _JUDGED = 256  # rows: their relations are compared all with all
 class Teacher:
     """One frozen tower, with the projection of the dual encoder it came from or the identity.
 
-    `source` is the folder or hub name whose processor prepares its inputs; None: the student's own inputs.
+    `source` is the folder or hub name whose processor prepares its inputs; None: the student's own inputs. A tower
+    without a pooling layer speaks by its first token (pictures) or by the mean over a caption's tokens.
     """
 
     tower: nn.Module
@@ -50,7 +51,13 @@ class Teacher:
         """Model inputs of B samples to (B, D_teacher), L2-normalised."""
         dtype = next(self.tower.parameters()).dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        return unit(self.projection(self.tower(**inputs).pooler_output))
+        out = self.tower(**inputs)
+        if getattr(out, "pooler_output", None) is None and "attention_mask" in inputs:
+            mask = inputs["attention_mask"].unsqueeze(2)
+            pooled = (out.last_hidden_state.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+        else:
+            pooled = out.last_hidden_state[:, 0] if out.pooler_output is None else out.pooler_output
+        return unit(self.projection(pooled.to(dtype)))
 
 
 @dataclass
@@ -109,8 +116,23 @@ def load_teacher(modality: Modality, path: str) -> Teacher:
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher {path}: no Hugging Face config could be read there: {one_line(error)}") from None
     if getattr(config, f"{modality}_config", None) is None:
-        return Teacher(load_tower(modality, folder), nn.Identity(), folder)
+        return _single_modal(modality, folder)
     ours = config.model_type in ("vision-text-dual-encoder", siglip.MODEL)
     whole = load_dual_encoder(folder) if ours else AutoModel.from_pretrained(folder, use_safetensors=True)
     projection = getattr(whole, PROJECTIONS[modality], None) or nn.Identity()
     return Teacher(getattr(whole, f"{modality}_model"), projection, folder)
+
+
+def _single_modal(modality: Modality, folder: str) -> Teacher:
+    """Checkpoints of classifiers and of language models are often kept without a pooling layer: a random one in its
+    place would say something else in each process."""
+    tower, lacking = load_with_gaps(modality, folder)
+    beside = [name for name in lacking if not name.startswith("pooler.")]
+    if beside:
+        raise ValueError(
+            f"teacher {folder}: its weights lack {some(beside)}, so what it says would be random; give a folder with "
+            "all of them"
+        )
+    if lacking:
+        tower.pooler = None
+    return Teacher(tower, nn.Identity(), folder)

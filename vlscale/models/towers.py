@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vlscale.logging import get_logger
 from vlscale.models import siglip
 
 Modality = Literal["vision", "text"]
@@ -54,6 +55,14 @@ def build_tower(modality: Modality, source: str | None, config: dict[str, Any] |
 
 def load_tower(modality: Modality, source: str, dropout: float | None = None) -> PreTrainedModel:
     """A tower with its weights; of a dual encoder, the one that is asked for."""
+    tower, lacking = load_with_gaps(modality, source, dropout)
+    if lacking:
+        get_logger().info("model %s: its weights lack %s, which begin random", source, some(lacking))
+    return tower
+
+
+def load_with_gaps(modality: Modality, source: str, dropout: float | None = None) -> tuple[PreTrainedModel, list[str]]:
+    """As `load_tower`, with the names of the weights that the folder lacks: they are random now."""
     check_weights(source)
     try:
         config = AutoConfig.from_pretrained(source)
@@ -65,14 +74,23 @@ def load_tower(modality: Modality, source: str, dropout: float | None = None) ->
     alone = config.model_type == siglip.TEXT
     try:
         kind = siglip.PaddedSiglipText if alone else AutoModel
-        model = kind.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
+        model, told = kind.from_pretrained(
+            source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {source}: its weights could not be loaded: {one_line(error)}") from None
     tower = model if part is None else getattr(model, f"{modality}_model")
+    own = "" if part is None else f"{modality}_model."
+    lacking = sorted(name.removeprefix(own) for name in told["missing_keys"] if name.startswith(own))
     if tower.config.model_type != siglip.TEXT:
-        return tower
+        return tower, lacking
     tower.config.pad_token_id = padding_of(source, tower.config.pad_token_id)
-    return tower if alone else siglip.padded(tower)
+    return (tower if alone else siglip.padded(tower)), lacking
+
+
+def some(names: list[str]) -> str:
+    """For a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def padding_of(source: str, configured: int) -> int:
