@@ -28,7 +28,7 @@ def build(tiny_config, tmp_path):
         config, ranks = run.config, Ranks()
         parts = build_parts(config, tmp_path / "run", ranks)
         parts.model.to(dtype)
-        for teacher in (parts.teachers.image, parts.teachers.text):
+        for teacher in (parts.teachers.image, parts.teachers.text) if parts.teachers else ():
             teacher.to(ranks.device, dtype)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -67,6 +67,15 @@ def test_the_gradient_is_autograds(build, mode, objective):
     parts, batch, _ = build(f"meta.mode={mode}", "meta.inner_lr=0.05", *objective)
     found = gradient_of(parts, mode, batch, batch)
     assert error(found, reference_gradient(parts, mode, batch, batch)) <= 1e-8
+
+
+def test_rvlr_whose_teachers_have_no_weight_is_the_contrastive_run(build):
+    weights = [f"objective.{name}_weight=0" for name in ("iic", "ttc", "kd", "kd_image", "kd_text")]
+    gradients = []
+    for objective in (["objective.name=rvlr", *weights], ["objective.name=contrastive"]):
+        parts, batch, _ = build("meta.mode=joint", *objective)
+        gradients.append(gradient_of(parts, "joint", batch, batch))
+    assert torch.equal(*gradients) and gradients[0].norm() > 0
 
 
 @pytest.mark.parametrize("mode", ["heads", "first_order"])

@@ -182,7 +182,7 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
     if config.model.fusion is not None:
         fused = trace_fused(config, rows, whole.at_once, chunk=whole.at_once < whole.local)
     whole = replace(whole, towers=towers, forwards=forwards, teachers=teachers, teacher_widths=widths, fused=fused)
-    if config.objective.name == "rvlr":
+    if config.objective.name == "rvlr" and config.objective.needs_teachers:
         wide = whole.teacher_width("vision"), whole.teacher_width("text")
         whole = replace(whole, teacher_heads=trace_teacher_heads(config, *wide, whole.local))
     return replace(whole, zero=json_for_deepspeed(config, world, whole.learned)["zero_optimization"])

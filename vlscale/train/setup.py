@@ -210,7 +210,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     teachers = None
     if config.objective.needs_teachers:
         teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
-    if config.objective.name == "rvlr":
+    if config.objective.name == "rvlr" and config.objective.needs_teachers:
         model.teacher_heads = TeacherHeads(*_teacher_widths(config, teachers), config.model.embed_dim)
         if model.fusion is None:
             get_logger().info("objective.itm_weight is 0: matching needs a fusion encoder, and the model has none")
