@@ -137,3 +137,14 @@ def test_teachers_come_from_dual_encoders_and_from_single_models(saved, tmp_path
         assert torch.equal(teachers.text(input_ids=IDS, attention_mask=MASK), encoder.encode_text(IDS, MASK))
     with pytest.raises(ValueError, match="does not exist"):
         build_teachers(TeacherConfig(source="hf", image="./nowhere", text=str(folder)), encoder, projected=True)
+
+
+def test_a_model_that_is_loaded_and_saved_again_is_the_same_folder(saved, tmp_path):
+    """Byte for byte: nothing of how it was loaded goes into it."""
+    _, folder = saved
+    encoder, tokenizer, processor = load_encoder(str(folder))
+    save_folder(tmp_path / "again", encoder, dict(encoder.state_dict()), tokenizer, processor)
+    names = sorted(path.name for path in folder.iterdir())
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name

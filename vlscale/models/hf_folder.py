@@ -29,6 +29,8 @@ from vlscale.models.teacher_heads import PREFIX as TEACHER_HEADS
 from vlscale.models.towers import check_exists
 from vlscale.sections import ModelConfig
 
+_OF_LOADING = ("is_local", "local_files_only")  # how it was loaded here: transformers would save that with it
+
 
 def save_folder(
     folder: Path,
@@ -103,11 +105,14 @@ def quiet() -> None:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     check_exists(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} holds no tokenizer: {error.__class__.__name__}; give model.text.tokenizer"
         ) from None
+    for name in _OF_LOADING:
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def load_image_processor(source: str) -> BaseImageProcessor:
