@@ -140,7 +140,8 @@ def main() -> None:
         path = cells / f"emoji-seed-{seed}.json"
         if not path.exists():
             measured = run_seed(recipe, split_emoji(given.emoji, seed), seed, given.out)
-            path.write_text(json.dumps({"measured": measured}, indent=1) + "\n")
+            cell = {"level_name": "emoji", "seed": seed, "split": "test", "measured": measured}
+            path.write_text(json.dumps(cell, indent=1) + "\n")
     settings = {name: {"weight": weight, "sees_caption": seen} for name, (weight, seen) in VARIANTS.items()}
     study = {
         "name": "patches", "levels": {"emoji": {}}, "seeds": given.seeds,

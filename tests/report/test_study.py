@@ -117,14 +117,11 @@ def test_cells_are_kept_with_what_the_study_compares_and_given_again(path, tmp_p
         assert [(t.first, t.second) for t in study.tallies] == [("heads", "joint")] and len(study.titles) == 3
 
 
-RESULTS = [
-    file for file in sorted((benchmarks_folder() / "results").glob("*-cells.json")) if "patches" not in file.name
-]
+RESULTS = sorted((benchmarks_folder() / "results").glob("*-cells.json"))
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_results_that_were_kept_can_be_shown(file, tmp_path):
-    """All but those of patches, whose cells do not say which split was measured."""
     study = study_of(read_study(file))
     assert study.lead in Page(write_study_page(tmp_path / "s.html", study).read_text()).text
 
