@@ -15,11 +15,18 @@ from torch import Tensor
 ROWS, COLUMNS = 512, 2048  # a 4 MB tile in float32
 SUM_BITS = {torch.float32: 102, torch.float64: 970}  # a sum under N 2^-bits may have lost terms to underflow
 REACH = {torch.float32: 70.0, torch.float64: 600.0}  # exp(reach) times 2^20 terms stays finite
+WIDENED = 1 << 23  # elements of embeddings that are copied to the compute dtype at once, 32 MB in float32
 
 
 def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
+
+
+def row_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Rows (rows, width) in blocks of WIDENED elements: what prepares embeddings never copies all of them."""
+    for place in spans(0, rows, max(1, WIDENED // width)):
+        yield slice(*place)
 
 
 class Scratch:

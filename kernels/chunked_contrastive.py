@@ -24,6 +24,7 @@ from .chunked import (
     diagonal_part,
     fixed_reference,
     product,
+    row_blocks,
     same_id_count,
     spans,
     sums_are_sound,
@@ -58,8 +59,13 @@ def outer_sum(rows: Tensor, cols: Tensor, out: Tensor) -> Tensor:
 
 
 def contrastive_bound(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """An upper bound of |logits|, 0-d: scale times the largest norms (scale itself for unit vectors)."""
-    return scale.abs() * x.square().sum(1).amax().sqrt() * y.square().sum(1).amax().sqrt()
+    """An upper bound of |logits|, 0-d in scale's dtype: scale times the largest norms (scale for unit vectors)."""
+    return scale.abs() * _largest_norm(x, scale.dtype) * _largest_norm(y, scale.dtype)
+
+
+def _largest_norm(emb: Tensor, dtype: torch.dtype) -> Tensor:
+    squares = [emb[i].to(dtype).square().sum(1).amax() for i in row_blocks(*emb.shape)]
+    return torch.stack(squares).amax().sqrt()
 
 
 def contrastive_maxima(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

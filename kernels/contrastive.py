@@ -66,23 +66,24 @@ def backward_op(
     """Gradients of image, text (empty where not wanted) and scale."""
     x, y, triton = tile_operands(image, text, scale, impl)
     weights = _weights(statistics, pair_id, vectors=triton)
+    mean = grad / (2 * len(x))
     if triton:
         from . import triton_contrastive
 
         flag = (~(statistics[:2] == statistics[0, 0]).all()).to(torch.int32)
+        want = {"want_x": want_image, "want_y": want_text}
         dx, dy, along = triton_contrastive.contrastive_gradients(
-            x, y, scale, weights, flag, want_x=want_image, want_y=want_text
+            x, y, scale, weights, flag, **want, factor=mean * scale, dtype=image.dtype
         )
         along = along / scale
     else:
         use_rows = want_image or not want_text
         dx, dy = tiles.contrastive_gradients(x, y, scale, weights, want_x=use_rows, want_y=want_text)
         along = ((dx * x).sum(1) if use_rows else (dy * y).sum(1)).sum(dtype=torch.float64)
-    mean = grad / (2 * len(x))
+        dx = dx.mul_(mean * scale).to(image.dtype) if want_image else None
+        dy = dy.mul_(mean * scale).to(text.dtype) if want_text else None
     d_scale = (along * mean).to(scale.dtype)
-    d_image = dx.mul_(mean * scale).to(image.dtype) if want_image else image.new_empty(0)
-    d_text = dy.mul_(mean * scale).to(text.dtype) if want_text else text.new_empty(0)
-    return d_image, d_text, d_scale
+    return dx if want_image else image.new_empty(0), dy if want_text else text.new_empty(0), d_scale
 
 
 @backward_op.register_fake

@@ -22,6 +22,7 @@ from torch import Tensor
 from .chunked import SUM_BITS, fixed_reference, spans
 from .chunked_contrastive import Positives, Weights, contrastive_bound
 from .triton_contrastive_fused import fused_gradients
+from .triton_gradient import OwnPairs, SideGradient, own_products
 from .triton_tiles import (
     Centred,
     Config,
@@ -200,26 +201,12 @@ def contrastive_statistics(
 
     Vector references run only while `flag` is set.
     """
-    b, n = len(x), len(y)
-    row_ids, col_ids, has_ids = _ids(positives)
+    has_ids = positives.row_ids is not None
     shared = row_ref.dim() == 0
     config = config or choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
-    sums = 3 if has_ids else 1
-    rows, cols = scale.new_zeros(3, b), scale.new_zeros(3, n)
-    places = (1, 0, 2)[:sums]  # of the kernel's off, pos, target; a list as an index would be copied to the device
-    for i in spans(0, b, config.wave_rows):
-        tiles = triton.cdiv(i[1] - i[0], config.block_m)
-        splits = min(config.splits, triton.cdiv(n, config.block_n))
-        row_out = scale.new_zeros(sums, splits, tiles * config.block_m)
-        column_out = scale.new_zeros(sums, tiles, n)
-        statistics_kernel[tiles, splits](
-            x, y, scale, flag, row_ref, col_ref, row_ids, col_ids, row_out, column_out,
-            i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
-            SHARED=shared, HAS_IDS=has_ids, **config.launch(),
-        )  # fmt: skip
-        for place, of_rows, of_cols in zip(places, row_out.sum(1), column_out.sum(1), strict=True):
-            rows[place, slice(*i)] = of_rows[: i[1] - i[0]]
-            cols[place] += of_cols
+    rows, cols = scale.new_zeros(3, len(x)), scale.new_zeros(3, len(y))
+    for i in spans(0, len(x), config.wave_rows):
+        _add_wave(rows, cols, x, y, scale, flag, row_ref, col_ref, positives, i, config)
     if has_ids:
         rows[2] /= positives.row_count
         cols[2] /= positives.col_count
@@ -228,9 +215,29 @@ def contrastive_statistics(
     return rows, cols
 
 
+def _add_wave(rows, cols, x, y, scale, flag, row_ref, col_ref, positives: Positives, i, config: Config) -> None:
+    """One wave's sums into the rows' place and on top of the columns'; its partial sums are gone afterwards."""
+    b, n = len(x), len(y)
+    row_ids, col_ids, has_ids = _ids(positives)
+    sums = 3 if has_ids else 1
+    tiles = triton.cdiv(i[1] - i[0], config.block_m)
+    splits = min(config.splits, triton.cdiv(n, config.block_n))
+    row_out = scale.new_zeros(sums, splits, tiles * config.block_m)
+    column_out = scale.new_zeros(sums, tiles, n)
+    statistics_kernel[tiles, splits](
+        x, y, scale, flag, row_ref, col_ref, row_ids, col_ids, row_out, column_out,
+        i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
+        SHARED=row_ref.dim() == 0, HAS_IDS=has_ids, **config.launch(),
+    )  # fmt: skip
+    places = (1, 0, 2)[:sums]  # of the kernel's off, pos, target; a list as an index would be copied to the device
+    for place, of_rows, of_cols in zip(places, row_out.sum(1), column_out.sum(1), strict=True):
+        rows[place, slice(*i)] = of_rows[: i[1] - i[0]]
+        cols[place] += of_cols
+
+
 def _add_own_pairs(x, y, scale, row_ref, col_ref, offset: int, rows: Tensor, cols: Tensor) -> None:
     mine = slice(offset, offset + len(x))
-    own = scale * (x.to(scale.dtype) * y[mine].to(scale.dtype)).sum(1)
+    own = scale * own_products(x, y, offset, scale.dtype)
     rows[0], rows[2], cols[2, mine] = (own - row_ref).exp(), own, own
     cols[0, mine] = (own - (col_ref if col_ref.dim() == 0 else col_ref[mine])).exp()
 
@@ -242,7 +249,7 @@ def contrastive_references(
 
     `flag` is 1 where the maxima were needed; no value is read on the host.
     """
-    ref = fixed_reference(contrastive_bound(x.to(scale.dtype), y.to(scale.dtype), scale), scale.dtype)
+    ref = fixed_reference(contrastive_bound(x, y, scale), scale.dtype)
     idle = torch.ones((), dtype=torch.int32, device=x.device)
     rows, cols = contrastive_statistics(x, y, scale, ref, ref, positives, idle, config)
     sums = torch.cat([rows[0] + rows[1], cols[0] + cols[1]])
@@ -270,31 +277,35 @@ def contrastive_gradients(
     *,
     want_x: bool = True,
     want_y: bool = True,
+    factor: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(G y (b, D) complete, G^T x (N, D) and <G, S> partial over these rows), float32.
+    """(G y (b, D) complete, G^T x (N, D) and <G, S> partial over these rows), float32; None where not wanted.
 
     `weights` hold vector references; with a clear `flag` all their entries are the one constant. <G, S> is summed where
     G is still float32: from a float16 G, as <G y, x>, it is percents wrong on cone-shaped embeddings. Narrow embeddings
-    with one positive each are served by the fused kernel, unless `config` asks for waves of its sizes.
+    with one positive each are served by the fused kernel, unless `config` asks for waves of its sizes. Both gradients
+    come times `factor` (0-d) and in `dtype` where these are given: last steps of a caller that needs no partial sums.
     """
-    positives, dtype = weights.positives, scale.dtype
+    positives = weights.positives
     has_ids = positives.row_ids is not None
-    narrow = config is None and not has_ids and fused_config(x) is not None
-    want = {"want_x": want_x, "want_y": want_y}
-    if narrow and (want_x or want_y):
-        dx, dy, along = fused_gradients(x, y, scale, weights, flag, **want)
-    else:
-        dx, dy, along = _gradients_by_waves(x, y, scale, weights, flag, config, **want)
+    own, pairs = None, (None, None)
     if not has_ids:
-        mine = slice(positives.offset, positives.offset + len(x))
-        miss = (weights.row_miss + weights.col_miss[mine])[:, None]
-        own = scale * (x.to(dtype) * y[mine].to(dtype)).sum(1)
-        along -= (own * miss[:, 0]).sum(dtype=torch.float64)
-        if want_x:
-            dx.addcmul_(y[mine].to(dtype), miss, value=-1)
-        if want_y:
-            dy[mine].addcmul_(x.to(dtype), miss, value=-1)
-    return dx, dy, along
+        offset = positives.offset
+        miss = weights.row_miss + weights.col_miss[offset : offset + len(x)]
+        own = (scale * own_products(x, y, offset, scale.dtype) * miss).sum(dtype=torch.float64)
+        pairs = OwnPairs.of_sides(-miss, x, y, offset)
+    dx, dy = (
+        SideGradient(rows, dtype or scale.dtype, of_side, factor) if want else None
+        for rows, of_side, want in ((x, pairs[0], want_x), (y, pairs[1], want_y))
+    )
+    narrow = config is None and not has_ids and fused_config(x) is not None
+    if narrow and (want_x or want_y):
+        along = fused_gradients(x, y, scale, weights, flag, dx, dy)
+    else:
+        along = _gradients_by_waves(x, y, scale, weights, flag, config, dx, dy)
+    along = along if own is None else along - own
+    return None if dx is None else dx.result(), None if dy is None else dy.result(), along
 
 
 def _gradients_by_waves(
@@ -304,44 +315,68 @@ def _gradients_by_waves(
     weights: Weights,
     flag: Tensor,
     config: Config | None,
-    *,
-    want_x: bool,
-    want_y: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """contrastive_gradients, but for lone positives' terms."""
-    positives, dtype = weights.positives, scale.dtype
-    row_ids, col_ids, has_ids = _ids(positives)
-    tiles = {
-        shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
-        for shared in (True, False)
-    }
-    stored = stored_dtype(x, dtype)
-    left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
-    dx, dy = (
-        torch.zeros(t.shape, dtype=dtype, device=t.device) if want else None for t, want in ((x, want_x), (y, want_y))
-    )
-    height, width = min(len(x), tiles[True].wave_rows), min(len(y), tiles[True].wave_columns)
-    block = torch.empty(height, width, dtype=stored, device=x.device)
+    dx: SideGradient | None,
+    dy: SideGradient | None,
+) -> Tensor:
+    """<G, S> without lone positives' terms; fills dx and dy. The rows' sums are the one float32 (b, D) that is held."""
+    waves = _Waves(x, y, scale, weights, flag, config)
+    row_sums = None if dx is None else dx.new_sums(scale.dtype)
     along = torch.zeros((), dtype=torch.float64, device=x.device)
-    for i in spans(0, len(x), height):
-        for j in spans(0, len(y), width):
-            g = block[: i[1] - i[0], : j[1] - j[0]]
-            row_totals, col_totals = scale.new_zeros(len(g)), scale.new_zeros(g.shape[1])
-            for shared, tile in tiles.items():
-                grid = triton.cdiv(g.shape[0], tile.block_m), triton.cdiv(g.shape[1], tile.block_n)
-                part = scale.new_zeros(grid[1], len(g))
-                by_row, by_col = scale.new_zeros(grid[1], len(g)), scale.new_zeros(grid[0], g.shape[1])
-                weights_kernel[grid](
-                    x, y, scale, flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
-                    weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, part, by_row, by_col,
-                    i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
-                    SHARED=shared, HAS_IDS=has_ids, **tile.launch(),
-                )  # fmt: skip
-                along += part.sum(dtype=torch.float64)
-                row_totals += by_row.sum(0)
-                col_totals += by_col.sum(0)
-            if want_x:
-                dx[slice(*i)] += right.weighted(g, slice(*j), row_totals)
-            if want_y:
-                dy[slice(*j)] += left.weighted(g.T, slice(*i), col_totals)
-    return dx, dy, along
+    for j in spans(0, len(y), waves.width):
+        along += waves.add_columns(j, row_sums, dy)
+    return along
+
+
+class _Waves:
+    """Blocks of G, height x width, one after another in the same memory."""
+
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, weights: Weights, flag: Tensor, config: Config | None):
+        self.x, self.y, self.scale, self.weights, self.flag = x, y, scale, weights, flag
+        has_ids = weights.positives.row_ids is not None
+        self.tiles = {
+            shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
+            for shared in (True, False)
+        }
+        stored = stored_dtype(x, scale.dtype)
+        self.left, self.right = Centred(x, scale.dtype, stored), Centred(y, scale.dtype, stored)
+        self.height = min(len(x), self.tiles[True].wave_rows)
+        self.width = min(len(y), self.tiles[True].wave_columns)
+        self.block = torch.empty(self.height, self.width, dtype=stored, device=x.device)
+
+    def add_columns(self, j: tuple[int, int], row_sums: Tensor | None, dy: SideGradient | None) -> Tensor:
+        """All rows against columns j: adds to the rows' sums, finishes the columns' part of dy, returns <G, S>."""
+        there = None if row_sums is None else self.right.part(slice(*j))
+        column_sums = None if dy is None else self.scale.new_zeros(j[1] - j[0], self.y.shape[1])
+        along = torch.zeros((), dtype=torch.float64, device=self.x.device)
+        for i in spans(0, len(self.x), self.height):
+            g = self.block[: i[1] - i[0], : j[1] - j[0]]
+            part, row_totals, column_totals = self.fill(g, i, j)
+            along += part
+            if row_sums is not None:
+                row_sums[slice(*i)] += self.right.weighted(g, there, row_totals)
+            if column_sums is not None:
+                column_sums += self.left.weighted(g.T, self.left.part(slice(*i)), column_totals)
+        if dy is not None:
+            dy.finish(j[0], column_sums)
+        return along
+
+    def fill(self, g: Tensor, i: tuple[int, int], j: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """G of rows i and columns j into g; <G, S> in float64 and the sums of G's rows and columns."""
+        x, y, scale, weights, positives = self.x, self.y, self.scale, self.weights, self.weights.positives
+        row_ids, col_ids, has_ids = _ids(positives)
+        along = torch.zeros((), dtype=torch.float64, device=x.device)
+        row_totals, column_totals = scale.new_zeros(len(g)), scale.new_zeros(g.shape[1])
+        for shared, tile in self.tiles.items():
+            grid = triton.cdiv(g.shape[0], tile.block_m), triton.cdiv(g.shape[1], tile.block_n)
+            part = scale.new_zeros(grid[1], len(g))
+            by_row, by_col = scale.new_zeros(grid[1], len(g)), scale.new_zeros(grid[0], g.shape[1])
+            weights_kernel[grid](
+                x, y, scale, self.flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
+                weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, part, by_row, by_col,
+                i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
+                SHARED=shared, HAS_IDS=has_ids, **tile.launch(),
+            )  # fmt: skip
+            along += part.sum(dtype=torch.float64)
+            row_totals += by_row.sum(0)
+            column_totals += by_col.sum(0)
+        return along, row_totals, column_totals

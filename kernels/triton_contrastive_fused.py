@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .chunked import spans
 from .chunked_contrastive import Weights
+from .triton_gradient import SideGradient
 from .triton_tiles import STORED_SCALE, WIDEN, Centred, Config, fused_config, stored_dtype
 
 
@@ -91,27 +92,27 @@ def fused_gradients(
     scale: Tensor,
     weights: Weights,
     flag: Tensor,
-    *,
-    want_x: bool,
-    want_y: bool,
+    dx: SideGradient | None,
+    dy: SideGradient | None,
     config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(G y (b, D), G^T x (N, D), <G, S>) over all but own pairs; None where not wanted, at least one is.
+) -> Tensor:
+    """<G, S> over all but own pairs; fills dx with G y (b, D) and dy with G^T x (N, D), at least one of them.
 
     Arguments as triton_contrastive.contrastive_gradients', for D of at most fused_config's width and no ids.
     """
     of_rows = weights.row_ref, weights.row_inverse
     of_columns = weights.col_ref, weights.col_inverse
-    dx = dy = along = None
-    if want_x:
-        dx, along = _one_side(x, y, scale, of_rows, of_columns, weights.positives.offset, flag, config)
-    if want_y:
-        dy, again = _one_side(y, x, scale, of_columns, of_rows, -weights.positives.offset, flag, config)
+    offset, along = weights.positives.offset, None
+    if dx is not None:
+        along = _one_side(dx, x, y, scale, of_rows, of_columns, offset, flag, config)
+    if dy is not None:
+        again = _one_side(dy, y, x, scale, of_columns, of_rows, -offset, flag, config)
         along = again if along is None else along
-    return dx, dy, along
+    return along
 
 
 def _one_side(
+    gradient: SideGradient,
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
@@ -120,12 +121,12 @@ def _one_side(
     offset: int,
     flag: Tensor,
     config: Config | None,
-) -> tuple[Tensor, Tensor]:
-    """(G columns (rows, D), <G, S>); of_rows and of_columns are each side's (references, inverse sums)."""
+) -> Tensor:
+    """<G, S>; fills `gradient` with G columns. of_rows and of_columns are each side's (references, inverse sums)."""
     width = rows.shape[1]
     tile = config or fused_config(rows)
     right = Centred(columns, scale.dtype, stored_dtype(rows, scale.dtype))
-    gradient = torch.empty(rows.shape, dtype=scale.dtype, device=rows.device)
+    factor = right.whole()
     along = torch.zeros((), dtype=torch.float64, device=rows.device)
     for i in spans(0, len(rows), tile.wave_rows):
         splits = min(tile.splits, triton.cdiv(len(columns), tile.block_n))
@@ -133,10 +134,10 @@ def _one_side(
         totals, part = scale.new_empty(2, splits, i[1] - i[0])
         for shared in (True, False):  # the one whose flag it is not leaves the outputs alone
             fused_gradient_kernel[triton.cdiv(i[1] - i[0], tile.block_m), splits](
-                rows, columns, right.emb, scale, flag, of_rows[0], of_columns[0], of_rows[1], of_columns[1],
-                out, totals, part, *i, len(columns), width, rows.stride(0), columns.stride(0), right.emb.stride(0),
+                rows, columns, factor, scale, flag, of_rows[0], of_columns[0], of_rows[1], of_columns[1],
+                out, totals, part, *i, len(columns), width, rows.stride(0), columns.stride(0), factor.stride(0),
                 offset, SHARED=shared, **tile.launch(),
             )  # fmt: skip
-        gradient[slice(*i)] = right.finished(out.sum(0), totals.sum(0))
+        gradient.finish(i[0], right.finished(out.sum(0), totals.sum(0)))
         along += part.sum(dtype=torch.float64)
-    return gradient, along
+    return along

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import spans
+from .chunked import row_blocks, spans
 from .chunked_relation import Sweep, Tile
 from .triton_tiles import Centred, product_tile, stored_dtype
 
@@ -72,7 +72,10 @@ class Operand:
             reach = self.row_norms.amax(0).sqrt() + self.column_norms.amax(0).sqrt()
             return ((-self.weights).clamp_min(0) * reach).sum()
         spread = self.spread().abs()
-        rows, columns = ((e.to(spread.dtype).square() * spread).sum(1).amax() for e in (self.rows, self.columns))
+        rows, columns = (
+            torch.stack([(e[i].to(spread.dtype).square() * spread).sum(1).amax() for i in row_blocks(*e.shape)]).amax()
+            for e in (self.rows, self.columns)
+        )
         return (rows * columns).sqrt()
 
     def spread(self) -> Tensor:
@@ -85,7 +88,10 @@ class Operand:
 
 
 def _squared_norms(emb: Tensor, widths: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.stack([part.to(dtype).square().sum(1) for part in emb.split(widths, 1)], 1)
+    norms = torch.empty(len(emb), len(widths), dtype=dtype, device=emb.device)
+    for i in row_blocks(*emb.shape):
+        norms[i] = torch.stack([part.to(dtype).square().sum(1) for part in emb[i].split(widths, 1)], 1)
+    return norms
 
 
 def sizes(student: Operand, teacher: Operand, offset: int | None) -> tuple[int, int, int, int, int]:
@@ -169,8 +175,11 @@ class OperandGradient:
         self.columns = self.rows if sweep is Sweep.TRIANGLE else None
         if sweep is Sweep.PAIR:
             self.columns = torch.zeros(operand.columns.shape, dtype=dtype, device=operand.rows.device)
-        self.right = Centred(operand.columns, dtype, stored)
-        self.left = self.right if operand.columns is operand.rows else Centred(operand.rows, dtype, stored)
+        self.right = self.left = Centred(operand.columns, dtype, stored)
+        self.there = self.here = self.right.whole()
+        if operand.columns is not operand.rows:
+            self.left = Centred(operand.rows, dtype, stored)
+            self.here = self.left.whole()
         self.along: Tensor | None = None
 
     def add(self, blocks: Tensor, place: Tile, row_sums: Tensor, column_sums: Tensor) -> None:
@@ -180,12 +189,12 @@ class OperandGradient:
         """
         i, j = slice(*place.rows), slice(*place.columns)
         if self.operand.kind == "cosine":
-            self.rows[i] += self.right.weighted(blocks[0], j, row_sums[0])
+            self.rows[i] += self.right.weighted(blocks[0], self.there[j], row_sums[0])
             if place.mirrored:
-                self.columns[j] += self.left.weighted(blocks[0].T, i, column_sums[0])
+                self.columns[j] += self.left.weighted(blocks[0].T, self.here[i], column_sums[0])
             return
         for k, segment in enumerate(self.operand.segments):
-            here, there = self.left.emb[i, segment], self.right.emb[j, segment]
+            here, there = self.here[i, segment], self.there[j, segment]
             self.rows[i, segment] += (blocks[k] @ there).addcmul_(here, row_sums[k, :, None], value=-1)
             if place.mirrored:
                 self.columns[j, segment] += (blocks[k].T @ here).addcmul_(there, column_sums[k, :, None], value=-1)
@@ -200,8 +209,9 @@ class OperandGradient:
         columns = self.columns if self.sweep is Sweep.PAIR else None
         weights = self.along
         if weights is None:
-            emb = self.operand.rows.to(self.rows.dtype)
-            along = (self.rows * emb).sum(0, dtype=torch.float64).split(self.operand.widths)
+            emb = self.operand.rows
+            blocks = [(self.rows[i] * emb[i]).sum(0, dtype=torch.float64) for i in row_blocks(*emb.shape)]
+            along = torch.stack(blocks).sum(0).split(self.operand.widths)
             weights = torch.stack([part.sum() for part in along]) * (1.0 if self.sweep is Sweep.PAIR else 0.5)
         weights = weights.to(self.rows.dtype)
         if self.operand.kind == "euclidean":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .chunked import spans
 from .chunked_contrastive import Positives
+from .triton_gradient import OwnPairs, SideGradient, own_products
 from .triton_tiles import Centred, Config, Work, choose_config, product_tile, same_pair, store_weights, stored_dtype
 
 
@@ -81,14 +82,19 @@ def sigmoid_sweep(
     stored = stored_dtype(x, dtype)
     gradient = want_x or want_y or want_scalars
     left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
+    own, pairs = (None, (None, None)) if has_ids else _own_pairs(x, y, scale, bias, positives.offset)
     dx, dy = (
-        torch.zeros(t.shape, dtype=dtype, device=t.device) if want else None for t, want in ((x, want_x), (y, want_y))
+        SideGradient(rows, dtype, of_side) if want else None
+        for rows, of_side, want in ((x, pairs[0], want_x), (y, pairs[1], want_y))
     )
+    row_sums = None if dx is None else dx.new_sums(dtype)
     height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
     block = torch.empty((height, width) if gradient else (1, 1), dtype=stored, device=x.device)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
-    for i in spans(0, len(x), height):
-        for j in spans(0, len(y), width):
+    for j in spans(0, len(y), width):
+        there = None if dx is None else right.part(slice(*j))
+        column_sums = None if dy is None else scale.new_zeros(j[1] - j[0], y.shape[1])
+        for i in spans(0, len(x), height):
             shape = i[1] - i[0], j[1] - j[0]
             g = block[: shape[0], : shape[1]]
             grid = triton.cdiv(shape[0], config.block_m), triton.cdiv(shape[1], config.block_n)
@@ -99,23 +105,20 @@ def sigmoid_sweep(
                 HAS_IDS=has_ids, GRADIENT=gradient, **config.launch(),
             )  # fmt: skip
             sums += by_row.sum((1, 2), dtype=torch.float64)
-            if want_x:
-                dx[slice(*i)] += right.weighted(g, slice(*j), by_row[1].sum(0))
-            if want_y:
-                dy[slice(*j)] += left.weighted(g.T, slice(*i), by_col.sum(0))
-    if not has_ids:
-        _add_own_pairs(x, y, scale, bias, positives.offset, sums, dx, dy)
-    return sums[0], dx, dy, sums[1], sums[2]
+            if row_sums is not None:
+                row_sums[slice(*i)] += right.weighted(g, there, by_row[1].sum(0))
+            if column_sums is not None:
+                column_sums += left.weighted(g.T, left.part(slice(*i)), by_col.sum(0))
+        if dy is not None:
+            dy.finish(j[0], column_sums)
+    sums = sums if own is None else sums + own
+    return sums[0], None if dx is None else dx.result(), None if dy is None else dy.result(), sums[1], sums[2]
 
 
-def _add_own_pairs(x, y, scale, bias, offset: int, sums: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
-    mine = slice(offset, offset + len(x))
-    left, right = x.to(scale.dtype), y[mine].to(scale.dtype)
-    own = (left * right).sum(1)
+def _own_pairs(x, y, scale, bias, offset: int) -> tuple[Tensor, tuple[OwnPairs, OwnPairs]]:
+    """What own pairs add to (loss, sum n, <n, S>), and to the gradients of both sides."""
+    own = own_products(x, y, offset, scale.dtype)
     z = -(scale * own + bias)
     n = -z.sigmoid()
-    sums += torch.stack([-F.logsigmoid(-z).sum(), n.sum(), (n * own).sum()])
-    if dx is not None:
-        dx.addcmul_(right, n[:, None])
-    if dy is not None:
-        dy[mine].addcmul_(left, n[:, None])
+    sums = torch.stack([-F.logsigmoid(-z).sum(), n.sum(), (n * own).sum()])
+    return sums, OwnPairs.of_sides(n, x, y, offset)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunked import row_blocks
+
 # Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: widen them first there.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STORED_SCALE = tl.constexpr(4096.0)  # of float16 gradient weights
@@ -132,32 +134,45 @@ class Centred:
 
     Gradient weights sum to nearly nothing over a row, so what embeddings share (most of a vector on a cone) cancels;
     rounded weights would leave their rounding there. The mean's part takes the float32 sums of the weights instead.
+    Nothing of all rows is ever held in float32 on the way.
     """
 
     def __init__(self, emb: Tensor, dtype: torch.dtype, stored: torch.dtype):
+        self.emb, self.dtype, self.stored = emb, dtype, stored
         self.narrow = stored == torch.float16
-        self.emb = emb.to(dtype)
         if self.narrow:
-            self.mean = self.emb.mean(0)
-            apart = self.emb - self.mean
-            self.reach = apart.abs().amax().clamp_min(torch.finfo(dtype).tiny)
-            self.emb = (apart / self.reach).to(stored)
+            blocks = list(row_blocks(*emb.shape))
+            self.mean = torch.stack([emb[i].to(dtype).sum(0) for i in blocks]).sum(0) / len(emb)
+            reach = torch.stack([(emb[i] - self.mean).abs_().amax() for i in blocks]).amax()
+            self.reach = reach.clamp_min(torch.finfo(dtype).tiny)
 
-    def weighted(self, g: Tensor, rows: slice, totals: Tensor) -> Tensor:
-        """g @ emb[rows], accumulated in float32; totals are g's row sums before it was stored."""
+    def part(self, rows: slice) -> Tensor:
+        """These rows as the right factor, in the stored dtype."""
+        emb = self.emb[rows]
         if not self.narrow:
-            return g @ self.emb[rows]
-        if g.device.type == "cuda":
-            product = torch.mm(g, self.emb[rows], out_dtype=torch.float32)
-        else:
-            product = g.float() @ self.emb[rows].float()
-        return self.finished(product, totals)
+            return emb.to(self.dtype)
+        prepared = torch.empty(emb.shape, dtype=self.stored, device=emb.device)
+        for i in row_blocks(*emb.shape):
+            prepared[i] = (emb[i] - self.mean).div_(self.reach)
+        return prepared
+
+    def whole(self) -> Tensor:
+        """All rows as the right factor, for sweeps that come back to them."""
+        return self.part(slice(None))
+
+    def weighted(self, g: Tensor, part: Tensor, totals: Tensor) -> Tensor:
+        """g times the embeddings whose `part` it is, in float32; totals are g's row sums before it was stored."""
+        if not self.narrow:
+            return g @ part
+        if g.device.type == "cpu":
+            return self.finished(g.float() @ part.float(), totals)
+        return self.finished(torch.mm(g, part, out_dtype=torch.float32), totals)
 
     def finished(self, product: Tensor, totals: Tensor) -> Tensor:
-        """A float32 product of stored weights with `emb`, as the product with the embeddings as they were given."""
+        """A float32 product of stored weights with a part, overwritten by that with the embeddings as given."""
         if not self.narrow:
             return product
-        return (product * (self.reach / STORED_SCALE.value)).addcmul_(totals[:, None], self.mean)
+        return product.mul_(self.reach / STORED_SCALE.value).addcmul_(totals[:, None], self.mean)
 
 
 @triton.jit

@@ -68,12 +68,20 @@ def tiles(wave_rows: int):
     return replace(FUSED_INTERPRETED, block_k=32, wave_rows=wave_rows)
 
 
+def fused(x, y, scale, weights, flag, config, want=(True, True)):
+    """(G y, G^T x, <G, S>) of fused_gradients, None where not wanted."""
+    from vlscale.kernels.triton_contrastive_fused import fused_gradients
+    from vlscale.kernels.triton_gradient import SideGradient
+
+    sides = [SideGradient(v, torch.float32) if wanted else None for v, wanted in zip((x, y), want, strict=True)]
+    along = fused_gradients(x, y, scale, weights, flag, *sides, config)
+    return *(None if side is None else side.result() for side in sides), along
+
+
 @pytest.mark.parametrize("reference", ["constant", "maxima"])
 @pytest.mark.parametrize("rows", [slice(0, N), slice(40, N)], ids=["square", "a rank's"])
 def test_rectangles(rows, reference):
     """All of G but the own pairs, whose -(off_i/r_i + off_j/q_j) is taken out of the truth; the columns' side too."""
-    from vlscale.kernels.triton_contrastive_fused import fused_gradients
-
     exact, narrow, flag = rectangle(rows, reference)
     x, y, scale, weights = exact
     dx, dy = p.contrastive_gradients(x, y, scale, weights)
@@ -81,18 +89,16 @@ def test_rectangles(rows, reference):
     along = scale * ((dx * x).sum() + (miss[:, 0] * (x * y[rows]).sum(1)).sum())
     dx = dx + miss * y[rows]
     dy[rows] += miss * x
-    got = fused_gradients(*narrow, flag, want_x=True, want_y=True, config=tiles(32))
+    got = fused(*narrow, flag, tiles(32))
     for value, truth in zip(got, (dx, dy, along), strict=True):
         assert k.relative(value.cpu().double(), truth) < 2e-6
 
 
 def test_each_side_alone_is_the_same_to_the_bit():
-    from vlscale.kernels.triton_contrastive_fused import fused_gradients
-
     _, narrow, flag = rectangle(slice(0, N), "constant")
-    both = fused_gradients(*narrow, flag, want_x=True, want_y=True, config=tiles(96))
-    rows = fused_gradients(*narrow, flag, want_x=True, want_y=False, config=tiles(96))
-    columns = fused_gradients(*narrow, flag, want_x=False, want_y=True, config=tiles(96))
+    both = fused(*narrow, flag, tiles(96))
+    rows = fused(*narrow, flag, tiles(96), (True, False))
+    columns = fused(*narrow, flag, tiles(96), (False, True))
     assert rows[1] is None and columns[0] is None
     assert torch.equal(rows[0], both[0]) and torch.equal(columns[1], both[1]) and torch.equal(rows[2], both[2])
     assert k.relative(columns[2], both[2]) < 1e-6
@@ -100,12 +106,10 @@ def test_each_side_alone_is_the_same_to_the_bit():
 
 def test_nothing_beyond_the_ends_is_used():
     """Embeddings that are views into NaN-filled storage, between rows and past the last: a missed mask would show."""
-    from vlscale.kernels.triton_contrastive_fused import fused_gradients
-
     _, (x, y, scale, weights), flag = rectangle(slice(0, N), "constant")
-    clean = fused_gradients(x, y, scale, weights, flag, want_x=True, want_y=True, config=tiles(96))
+    clean = fused(x, y, scale, weights, flag, tiles(96))
     room = torch.full((2, N + 10, D + 4), torch.nan, device=DEVICE)
     room[0, :N, :D], room[1, :N, :D] = x, y
     views = room[0, :N, :D], room[1, :N, :D]
-    poisoned = fused_gradients(*views, scale, weights, flag, want_x=True, want_y=True, config=tiles(96))
+    poisoned = fused(*views, scale, weights, flag, tiles(96))
     assert all(torch.equal(a, b) for a, b in zip(poisoned, clean, strict=True))

@@ -1,0 +1,49 @@
+"""Bytes of tensors alive while code runs, operation by operation; on the meta device nothing is allocated or computed.
+
+What a single operation takes inside itself, a sort's workspace say, is not seen.
+"""
+
+import weakref
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """`live` and `peak` bytes of what was made inside; `given` tensors and views of them count nothing."""
+
+    def __init__(self, *given: Tensor | None):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given if tensor is not None}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf.untyped_storage())
+        return result
+
+    def hold(self, storage) -> None:
+        if storage._cdata in self.sizes:
+            return
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.release, storage._cdata)
+
+    def release(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+def body(op):
+    """A custom op's own code, without what would keep it from the meta device: its fake, and autocast's switch."""
+    return op._init_fn.__wrapped__
+
+
+class NoKernel:
+    """In a Triton kernel's place: its launcher runs, and nothing is written."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **settings: None
