@@ -9,13 +9,13 @@ S = x y^T and M = scale A + w S (the direction in which the logits move):
     scale's = <Gb, S> + <G, A>,        the first gradient's own cotangent: <G, M>
 
 Two passes: the sums inside Gb first. M is taken relative to each row's (column's) own pair, which changes nothing in Gb
-but keeps it exact once a probability is near 1.
+but keeps it exact once a probability is near 1: there M - own is 0 to the bit and what is left are the sums alone.
 """
 
 import torch
 from torch import Tensor
 
-from .chunked import COLUMNS, ROWS, Scratch, product, spans
+from .chunked import COLUMNS, ROWS, Scratch, diagonal_part, product, spans, tile_diagonal
 from .chunked_contrastive import Weights
 
 
@@ -40,17 +40,28 @@ def contrastive_double_statistics(
         for j in spans(0, len(y), COLUMNS):
             s, m, spare, other = (scratch.tile(k, i[1] - i[0], j[1] - j[0]) for k in range(4))
             _direction(x, y, left, right, scale, w, i, j, s, m)
-            row, col = _split(weights, s.mul_(scale), i, j, spare, other)
+            _set_own(m, own[0], weights.positives.offset, i, j)
+            row, col = _split(weights, s, i, j, spare, other)
             row_sums[slice(*i)] += row.mul_(m - own[0][slice(*i), None]).sum(1)
             col_sums[slice(*j)] += col.mul_(m.sub_(own[1][slice(*j)])).sum(0)
     return row_sums, col_sums
 
 
 def _direction(x, y, left, right, scale, w, i, j, s: Tensor, m: Tensor) -> None:
-    """Fill s with S and m with M on one tile."""
-    product(x[slice(*i)], y[slice(*j)], s)
+    """Fill s with the logits scale S and m with M on one tile.
+
+    The logits have the bits that the row and column sums were made of: a probability that is off by its logit's
+    rounding leaves rows whose sum is not 1, and in Gb that is all there is once a row is nearly decided.
+    """
+    product(x[slice(*i)] * scale, y[slice(*j)], s)
     product(left[slice(*i)], right[slice(*j)], m)
-    m.mul_(scale).addcmul_(s, w)
+    m.mul_(scale).addcmul_(s, w / scale)
+
+
+def _set_own(m: Tensor, own: Tensor, offset: int, i, j) -> None:
+    """Own pairs of one tile have the bits that M is taken relative to."""
+    if part := diagonal_part(i, j, offset):
+        tile_diagonal(m, part, i, j, offset).copy_(own[part[0] - offset : part[1] - offset])
 
 
 def _split(weights: Weights, s: Tensor, i, j, spare: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +92,15 @@ def contrastive_double_gradients(
     for i in spans(0, len(x), ROWS):
         for j in spans(0, len(y), COLUMNS):
             s, m, spare, other, logits = (scratch.tile(k, i[1] - i[0], j[1] - j[0]) for k in range(5))
-            _direction(x, y, left, right, scale, w, i, j, s, m)
-            row, col = _split(weights, torch.mul(s, scale, out=logits), i, j, spare, other)
+            _direction(x, y, left, right, scale, w, i, j, logits, m)
+            _set_own(m, own[0], weights.positives.offset, i, j)
+            row, col = _split(weights, s.copy_(logits), i, j, spare, other)
             g = weights.set_positives(row + col, i, j)
             along += (g * m).sum()
-            row_shift = own[0] + sums[0]
-            col_shift = own[1] + sums[1]
-            gb = row.mul_(m - row_shift[slice(*i), None]).add_(col.mul_(m - col_shift[slice(*j)]))
-            scale_bar += (gb * s).sum() + (g * m.addcmul_(s, w, value=-1)).sum() / scale
+            # sums may be far under the rounding of own: taken off one after the other, they are left where M is own
+            row.mul_((m - own[0][slice(*i), None]).sub_(sums[0][slice(*i), None]))
+            gb = row.add_(col.mul_((m - own[1][slice(*j)]).sub_(sums[1][slice(*j)])))
+            scale_bar += ((gb * logits).sum() + (g * m.addcmul_(logits, w / scale, value=-1)).sum()) / scale
             toward = gb.mul_(scale).addcmul_(g, w)
             g.mul_(scale)
             xb[slice(*i)].addmm_(toward, y[slice(*j)]).addmm_(g, v[slice(*j)])
