@@ -82,16 +82,19 @@ if [ -n "$smoke" ]; then
   small=(--accuracy --device cpu --pairs 65 --widths 16 --scales 100 --without compiled)
 else
   # What runs on the device; the others prove the CPU's forms. Compiling keeps every core busy.
-  tests=(tests/kernels/test_{triton,triton_fused,triton_relation,retrieval,preprocess}.py -v --durations=15)
+  tests=(tests/kernels/test_{triton,triton_fused,triton_relation,triton_host,triton_regimes,retrieval,preprocess}.py -v
+    --durations=15)
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n 8 --dist load)
   size=(--device cuda)
-  accuracy=(--device cuda --widths 512 --scales 14 100 --without compiled)
+  families=(contrastive sigmoid relation_kl relation_mae relation_mse)  # the others: kernels_bench.py by itself
+  accuracy=(--device cuda --widths 512 --scales 14 100 --without compiled --families "${families[@]}")
   main=(--minutes 1.9 --families contrastive relation_kl --pairs 32768 131072 4096 --widths 512 1024 --scales 100)
   narrow=(--minutes 0.25 --families contrastive --pairs 4096 32768 --widths 128 256 --scales 100 --without compiled)
   rest=(--minutes 0.7 --families sigmoid relation_mae relation_mse neighbours ranks --pairs 4096 32768 --widths 512
     --scales 100 --without compiled)
   pictures=(--device cuda)
-  small=(--accuracy --device cuda --pairs 129 --widths 64 --scales 100 --without compiled Inf-CL CCE Liger open_clip two)
+  small=(--accuracy --device cuda --pairs 129 --widths 64 --scales 100 --without compiled Inf-CL CCE Liger open_clip two
+    --families "${families[@]}")
 fi
 
 # Only the fixtures of tests/kernels: the rest of the suite needs packages that a kernel does not.

@@ -1,11 +1,13 @@
 """Fixtures of the kernel tests."""
 
+from collections.abc import Callable
+
 import pytest
 
 
 @pytest.fixture
-def small_tiles(monkeypatch) -> None:
-    """Tiles of 16 x 24, so that small problems have many, ragged ones."""
+def tiles_of(monkeypatch) -> Callable[[int, int], None]:
+    """Sets the size of the chunked tiles."""
     from vlscale.kernels import (
         chunked_contrastive,
         chunked_contrastive_double,
@@ -15,6 +17,16 @@ def small_tiles(monkeypatch) -> None:
     )
 
     pairs = chunked_contrastive, chunked_contrastive_double, chunked_sigmoid, chunked_sigmoid_double
-    for module in (*pairs, chunked_relation):
-        monkeypatch.setattr(module, "ROWS", 16)
-        monkeypatch.setattr(module, "COLUMNS", 24)
+
+    def set_sizes(rows: int, columns: int) -> None:
+        for module in (*pairs, chunked_relation):
+            monkeypatch.setattr(module, "ROWS", rows)
+            monkeypatch.setattr(module, "COLUMNS", columns)
+
+    return set_sizes
+
+
+@pytest.fixture
+def small_tiles(tiles_of) -> None:
+    """Tiles of 16 x 24, so that small problems have many, ragged ones."""
+    tiles_of(16, 24)
