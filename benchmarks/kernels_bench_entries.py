@@ -104,15 +104,52 @@ def make_problem(
 def ours(name: str, impl: str) -> Loss:
     return {
         "contrastive": lambda p: contrastive_loss(p.x, p.y, p.scale, impl=impl),
+        "contrastive_ids": lambda p: contrastive_loss(p.x, p.y, p.scale, pair_id=shared_ids(p), impl=impl),
+        "contrastive_twice": penalty(lambda p: contrastive_loss(p.x, p.y, p.scale, impl=impl)),
         "sigmoid": lambda p: sigmoid_loss(p.x, p.y, p.scale, p.bias, impl=impl),
-        "relation_kl": lambda p: relation_kl_loss(
-            p.x, p.y, student_temperature=p.temperature, teacher_temperature=p.temperature, impl=impl
-        ),
+        "relation_kl": lambda p: ours_kl(p, impl, [p.y]),
+        "relation_kl_matrix": lambda p: ours_kl(p, impl, [p.y], scope="matrix"),
+        "relation_kl_euclidean": lambda p: ours_kl(p, impl, [p.y], relation="euclidean"),
+        "relation_kl_mixture": lambda p: ours_kl(p, impl, two_teachers(p), teacher_weights=learned_weights(p)),
         "relation_mae": lambda p: relation_match_loss(p.x, [p.y], temperature=p.temperature, metric="mae", impl=impl),
         "relation_mse": lambda p: relation_match_loss(p.x, [p.y], temperature=p.temperature, metric="mse", impl=impl),
+        "relation_wasserstein": lambda p: relation_match_loss(
+            p.x, [p.y], temperature=p.temperature, metric="wasserstein", impl=impl
+        ),
         "neighbours": lambda p: topk_neighbors(p.x[:QUERIES], p.y, NEIGHBOURS, impl=impl),
         "ranks": lambda p: retrieval_ranks(p.x[:QUERIES], p.y, own_index(p), impl=impl),
     }[name]
+
+
+def ours_kl(p: Problem, impl: str, teachers: list[Tensor], **settings) -> Tensor:
+    taus = {"student_temperature": p.temperature, "teacher_temperature": p.temperature}
+    return relation_kl_loss(p.x, teachers, **taus, **settings, impl=impl)
+
+
+def shared_ids(p: Problem) -> Tensor:
+    """Two captions a picture: every id twice, side by side."""
+    return torch.arange(len(p.x), device=p.x.device) // 2
+
+
+def penalty(loss: Loss) -> Loss:
+    """Sum of squares of a loss's gradients in the embeddings, so that its own gradient is a second derivative."""
+
+    def squared(p: Problem) -> Tensor:
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss(p), (p.x, p.y), create_graph=True)
+            return sum(g.to(p.scale.dtype).square().sum() for g in grads)
+
+    return squared
+
+
+def two_teachers(p: Problem) -> list[Tensor]:
+    """The teacher, and one that sees its pairs in another order."""
+    return [p.y, p.y.flip(0)]
+
+
+def learned_weights(p: Problem) -> Tensor:
+    """(0.5, 0.5); the first one's gradient, halved and over the scale, is the scale's."""
+    return torch.stack([p.scale / p.scale.detach(), torch.ones_like(p.scale)]) / 2
 
 
 def own_index(p: Problem) -> Tensor:
@@ -123,6 +160,13 @@ def dense_contrastive(p: Problem) -> Tensor:
     logits = p.scale * (p.x @ p.y.T).to(p.scale.dtype)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def dense_contrastive_ids(p: Problem) -> Tensor:
+    logits, ids = p.scale * (p.x @ p.y.T).to(p.scale.dtype), shared_ids(p)
+    positive = (ids[:, None] == ids).to(logits.dtype)
+    target = positive / positive.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def two_products(p: Problem) -> Tensor:
@@ -145,9 +189,31 @@ def dense_relations(p: Problem, own: float) -> tuple[Tensor, Tensor]:
     return s.masked_fill(mask, own), t.masked_fill(mask, own)
 
 
-def dense_relation_kl(p: Problem) -> Tensor:
-    s, t = dense_relations(p, -1e4)
+def divergence(s: Tensor, t: Tensor) -> Tensor:
+    """Of rows of logits, the mean."""
     return F.kl_div(F.log_softmax(s, 1), F.log_softmax(t, 1), reduction="batchmean", log_target=True)
+
+
+def dense_relation_kl(p: Problem) -> Tensor:
+    return divergence(*dense_relations(p, -1e4))
+
+
+def dense_matrix_kl(p: Problem) -> Tensor:
+    return divergence(*(v.reshape(1, -1) for v in dense_relations(p, -1e4)))
+
+
+def dense_euclidean_kl(p: Problem) -> Tensor:
+    s, t = (-torch.cdist(v, v) / p.temperature for v in (p.x.to(p.scale.dtype), p.y.to(p.scale.dtype)))
+    mask = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    return divergence(s.masked_fill(mask, -1e4), t.masked_fill(mask, -1e4))
+
+
+def dense_mixture_kl(p: Problem) -> Tensor:
+    products = zip(learned_weights(p), two_teachers(p), strict=True)
+    t = sum(weight * (v @ v.T).to(p.scale.dtype) for weight, v in products) / p.temperature
+    s = (p.x @ p.x.T).to(p.scale.dtype) / p.temperature
+    mask = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    return divergence(s.masked_fill(mask, -1e4), t.masked_fill(mask, -1e4))
 
 
 def kl_with_diagonal(p: Problem) -> Tensor:
@@ -159,6 +225,11 @@ def dense_relation_match(p: Problem, metric: str) -> Tensor:
     s, t = dense_relations(p, 0.0)
     distance = F.l1_loss if metric == "mae" else F.mse_loss
     return distance(s, t, reduction="sum") / (len(s) * (len(s) - 1))
+
+
+def dense_wasserstein(p: Problem) -> Tensor:
+    s, t = (v.sort(1).values for v in dense_relations(p, 1e4))  # own relations last, and level
+    return (s - t).abs().sum() / (len(s) * (len(s) - 1))
 
 
 def dense_neighbours(p: Problem) -> tuple[Tensor, ...]:
@@ -186,6 +257,23 @@ FAMILIES = {
     ),
     "neighbours": Family((False,) * 4, queries_times, None, None),
     "ranks": Family((False,) * 4, queries_times, None, None),
+    "contrastive_ids": Family((True, True, True, False), units(1), units(4), ours("contrastive_ids", "reference")),
+    # the loss and its gradients are 4 u; S and the direction, 2 D wide, twice and four gradient products are 10
+    "contrastive_twice": Family(
+        (True, True, True, False), units(4), units(14), ours("contrastive_twice", "reference"), together=True
+    ),
+    "relation_kl_matrix": Family(
+        (True, False, False, False), units(1), units(3), ours("relation_kl_matrix", "reference")
+    ),
+    "relation_kl_euclidean": Family(
+        (True, False, False, False), units(1), units(3), ours("relation_kl_euclidean", "reference")
+    ),
+    "relation_kl_mixture": Family(
+        (True, False, True, False), units(1.5), units(4), ours("relation_kl_mixture", "reference")
+    ),
+    "relation_wasserstein": Family(
+        (True, False, False, False), units(1), units(2), ours("relation_wasserstein", "reference"), together=True
+    ),
 }
 
 DENSE = {  # the loss, and its N x N float32 matrices with the backward pass
@@ -196,6 +284,12 @@ DENSE = {  # the loss, and its N x N float32 matrices with the backward pass
     "relation_mse": (partial(dense_relation_match, metric="mse"), 7),
     "neighbours": (dense_neighbours, 0),
     "ranks": (dense_ranks, 0),
+    "contrastive_ids": (dense_contrastive_ids, 7),
+    "contrastive_twice": (penalty(dense_contrastive), 16),
+    "relation_kl_matrix": (dense_matrix_kl, 9),
+    "relation_kl_euclidean": (dense_euclidean_kl, 11),
+    "relation_kl_mixture": (dense_mixture_kl, 11),
+    "relation_wasserstein": (dense_wasserstein, 11),
 }
 
 
