@@ -1,56 +1,59 @@
 """Gathering over ranks: values, first and second derivatives, against one process that sees every row.
 
-One launch of three gloo ranks runs all cases; each rank writes what it found and the test compares.
+One launch of three ranks a backend runs all cases; each rank writes what it found and the test compares.
 """
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
-from vlscale.distributed import Ranks, gather_rows
+from tests.worlds import meet, worlds
+from vlscale.distributed import Ranks, gather_rows, plan_exchange
 from vlscale.objectives.total import Embedded, total_loss
 from vlscale.sections import ObjectiveConfig
 from vlscale.train.key_hash import key_hash
 
 W, B, D = 3, 4, 6
+WAYS = ("gather", "ring", "half_ring")
 KEYS = [f"sample-{i}" for i in range(W * B)]
 
 
-def leaves() -> dict[str, torch.Tensor]:
+def leaves(device: torch.device | None = None) -> dict[str, torch.Tensor]:
     """Parameters, the same on every rank: one linear tower a modality and a logit scale, in float64."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     parameters = {"image": draw(5, D), "text": draw(5, D), "scale": torch.tensor(7.0, dtype=torch.float64)}
-    return {name: value.requires_grad_() for name, value in parameters.items()}
+    return {name: value.to(device).requires_grad_() for name, value in parameters.items()}
 
 
-def objective() -> ObjectiveConfig:
+def objective(impl: str) -> ObjectiveConfig:
     return ObjectiveConfig(
         name="covlr",
         relation_weight_image=0.3,
         relation_weight_text=0.7,
         view_weight=0.5,
         caption_weight=0.25,
-        impl="reference",
+        impl=impl,
     )
 
 
-def loss_of(parameters, rows: slice, ranks: Ranks) -> torch.Tensor:
+def loss_of(parameters, rows: slice, ranks: Ranks, comm: str = "auto", impl: str = "reference") -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(W * B, 5, generator=generator, dtype=torch.float64)[rows] for _ in range(6)]
+    drawn = [torch.randn(W * B, 5, generator=generator, dtype=torch.float64)[rows] for _ in range(6)]
+    inputs = [part.to(ranks.device) for part in drawn]
     unit = torch.nn.functional.normalize
     embedded = Embedded(
         image=unit(inputs[0] @ parameters["image"]),
         text=unit(inputs[1] @ parameters["text"]),
         logit_scale=parameters["scale"],
         logit_bias=None,
-        pair_id=(torch.arange(W * B) // 2)[rows],
+        pair_id=(torch.arange(W * B) // 2)[rows].to(ranks.device),
         second_image=unit(inputs[2] @ parameters["image"]),
         second_text=unit(inputs[3] @ parameters["text"]),
         teacher_image=unit(inputs[4]),
         teacher_text=unit(inputs[5]),
     )
-    return total_loss(embedded, objective(), ranks)[0]
+    return total_loss(embedded, objective(impl), ranks, comm)[0]
 
 
 def own_rows(rank: int) -> slice:
@@ -65,37 +68,59 @@ def second_derivative(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return torch.autograd.grad(first.pow(2).sum(), rows)[0]
 
 
-def on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=W)
-    ranks = Ranks(rank, W, torch.device("cpu"), dist.group.WORLD)
-    parameters = leaves()
-    loss = loss_of(parameters, own_rows(rank), ranks)
+def gradients(ranks: Ranks, rows: slice, comm: str = "auto", impl: str = "reference") -> dict[str, torch.Tensor]:
+    """With the loss; as an engine averages them."""
+    parameters = leaves(ranks.device)
+    loss = loss_of(parameters, rows, ranks, comm, impl)
     loss.backward()
-    rows = torch.randn(W * B, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = {
-        "loss": loss.detach(),
-        "grads": {name: ranks.sum(value.grad) / W for name, value in parameters.items()},  # what an engine averages
-        "second": second_derivative(rows[own_rows(rank)].clone().requires_grad_(), ranks),
-        "integers": gather_rows(torch.arange(B) + 10 * rank, ranks),
-        "hash": ranks.sum(torch.tensor(key_hash(KEYS[own_rows(rank)], torch.arange(W * B)[own_rows(rank)]))),
-        "objects": ranks.gather_objects(rank),
-        "first": ranks.from_first(f"from {rank}"),
+    return {"loss": loss.detach()} | {name: ranks.sum(value.grad) / ranks.size for name, value in parameters.items()}
+
+
+def of_later_ranks(everyone: Ranks) -> dict[str, object]:
+    """What the ranks but the first find among themselves: in their group they have other numbers."""
+    group = dist.new_group(list(range(1, W)))
+    if everyone.first:
+        return {}
+    ranks = Ranks(everyone.rank - 1, W - 1, everyone.device, group)
+    rows = torch.arange(B, dtype=torch.float64, device=ranks.device) + 10 * ranks.rank
+    wanted = torch.tensor([0, B, B + 1], device=ranks.device)
+    ranks.barrier()
+    return {
+        "first": ranks.from_first(f"from {everyone.rank}"),
+        "objects": ranks.gather_objects(everyone.rank),
+        "rows": gather_rows(rows, ranks),
+        "sum": ranks.sum(rows.clone()),
+        "exchanged": plan_exchange(wanted, B, ranks)(rows),
+        "grads": {comm: gradients(ranks, own_rows(everyone.rank), comm, "chunked") for comm in WAYS},
     }
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
-def test_three_ranks_equal_one_process(tmp_path):
-    multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=W)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(W)]
+def on_rank(ranks: Ranks) -> dict[str, object]:
+    draw = torch.Generator().manual_seed(2)
+    rows = torch.randn(W * B, D, generator=draw, dtype=torch.float64)[own_rows(ranks.rank)].to(ranks.device)
+    places = torch.arange(W * B)[own_rows(ranks.rank)]
+    return {
+        "grads": gradients(ranks, own_rows(ranks.rank)),
+        "second": second_derivative(rows.requires_grad_(), ranks),
+        "integers": gather_rows(torch.arange(B, device=ranks.device) + 10 * ranks.rank, ranks),
+        "hash": ranks.sum(torch.tensor(key_hash(KEYS[own_rows(ranks.rank)], places), device=ranks.device)),
+        "objects": ranks.gather_objects(ranks.rank),
+        "first": ranks.from_first(f"from {ranks.rank}"),
+        "later": of_later_ranks(ranks),
+    }
 
-    parameters = leaves()
-    alone = loss_of(parameters, slice(None), Ranks())
-    alone.backward()
+
+@pytest.fixture(scope="module", params=worlds(W))
+def found(request, tmp_path_factory) -> list[dict]:
+    return meet(on_rank, request.param, tmp_path_factory.mktemp(str(request.param)))
+
+
+def test_three_ranks_equal_one_process(found):
+    alone = gradients(Ranks(), slice(None))
     for each in found:
-        torch.testing.assert_close(each["loss"], alone.detach(), rtol=1e-12, atol=0)
-        for name, value in parameters.items():
-            torch.testing.assert_close(each["grads"][name], value.grad, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(each["grads"]["loss"], alone["loss"], rtol=1e-12, atol=0)
+        for name, value in alone.items():
+            torch.testing.assert_close(each["grads"][name], value, rtol=1e-10, atol=1e-14)
 
     # Every rank's loss holds all rows, so the sum over ranks is W times the loss; squaring first derivatives of rank r
     # alone, then summing over ranks, gives W^2 times the whole, once more W by the outer sum's own graph.
@@ -107,6 +132,18 @@ def test_three_ranks_equal_one_process(tmp_path):
     assert found[0]["integers"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
     assert {int(each["hash"]) for each in found} == {key_hash(KEYS, torch.arange(W * B))}
     assert found[2]["objects"] == [0, 1, 2] and found[2]["first"] == "from 0"
+
+
+def test_a_group_without_the_first_process_is_a_world_of_its_own(found):
+    later = [each["later"] for each in found[1:]]
+    alone = gradients(Ranks(), slice(B, W * B))
+    for rank, each in enumerate(later):
+        assert each["first"] == "from 1" and each["objects"] == [1, 2]
+        assert each["rows"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13] and each["sum"].tolist() == [10, 12, 14, 16]
+        assert each["exchanged"].tolist() == [0, 10, 11], rank
+        for comm in WAYS:
+            for name, value in alone.items():
+                torch.testing.assert_close(each["grads"][comm][name], value, rtol=1e-9, atol=1e-12, msg=comm)
 
 
 def test_the_key_hash_sees_order_and_keys():

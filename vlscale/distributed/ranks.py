@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """`group` is None when there is one rank: nothing is then ever communicated."""
+    """`rank` counts within `group`; it is None when there is one rank: nothing is then ever communicated."""
 
     rank: int = 0
     size: int = 1
@@ -39,9 +39,9 @@ class Ranks:
         return values
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Rank 0's value on every rank: the group's, which in all the processes that there are may be another."""
         if self.group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
