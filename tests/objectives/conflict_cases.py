@@ -1,7 +1,6 @@
 """What the ranks of a test run: gradients under `objective.conflict`, and dense ones by its own equations. No tests."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -29,11 +28,11 @@ class Small(nn.Module):
         self.scale, self.share = nn.Parameter(torch.tensor(3.0).double()), nn.Parameter(torch.tensor(0.4).double())
 
     def rows(self, part: slice) -> Embedded:
-        draw = torch.Generator().manual_seed(5)
-        features = torch.randn(2, N, FEATURES, generator=draw).double()[:, part]
+        draw, device = torch.Generator().manual_seed(5), self.image.device
+        features = torch.randn(2, N, FEATURES, generator=draw).double()[:, part].to(device)
         unit = [F.normalize(each, dim=1) for each in (features[0] @ self.image, features[1] @ self.text)]
         teachers = [F.normalize(own - 0.3 * other, dim=1).detach() for own, other in (unit, unit[::-1])]
-        ids = torch.arange(N)[part]
+        ids = torch.arange(N, device=device)[part]
         projected = {"projected_teacher_image": unit[0].detach(), "projected_teacher_text": unit[1].detach()}
         return Embedded(
             *unit, self.scale, None, ids, teacher_image=teachers[0], teacher_text=teachers[1], text_share=self.share,
@@ -47,7 +46,7 @@ def objective_of(case: int, rule: str) -> ObjectiveConfig:
 
 def gradients(case: int, rule: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Of every parameter, averaged as an engine does; with the loss and the metrics."""
-    model, b = Small(), N // ranks.size
+    model, b = Small().to(ranks.device), N // ranks.size
     loss, metrics = total_loss(model.rows(slice(ranks.rank * b, (ranks.rank + 1) * b)), objective_of(case, rule), ranks)
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -76,10 +75,5 @@ def expected(case: int, rule: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def on_rank(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    ranks = Ranks(rank, size, torch.device("cpu"), dist.group.WORLD)
-    found = {(case, rule): gradients(case, rule, ranks) for case in range(len(OBJECTIVES)) for rule in RULES}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def on_rank(ranks: Ranks) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+    return {(case, rule): gradients(case, rule, ranks) for case in range(len(OBJECTIVES)) for rule in RULES}

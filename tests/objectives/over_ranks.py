@@ -6,28 +6,23 @@ W ranks, N pairs in all. The model is given in float64, the truth is one process
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from vlscale.kernels.checks import available_impls
 
-from vlscale.distributed import Block, Gather, HalfRing, Ranks, Ring, count_traffic, mean_over_ranks
+from tests.objectives.costs_over_ranks import costs, costs_of_matching
+from vlscale.distributed import Block, Gather, HalfRing, Ranks, Ring, mean_over_ranks
 from vlscale.models.chunks import in_chunks
 from vlscale.objectives.sharded_contrastive import sharded_contrastive_loss
 from vlscale.objectives.sharded_relation_kl import sharded_relation_kl_loss
 from vlscale.objectives.sharded_relation_match import sharded_relation_match_loss
 from vlscale.objectives.sharded_sigmoid import sharded_sigmoid_loss
+from vlscale.objectives.total import Embedded, total_loss
+from vlscale.sections import ObjectiveConfig
 
 N, FEATURES, D, D_TEACHER = 48, 12, 8, 6
 IDS = torch.arange(N) * 7 % 13
-
-
-def operations(_, left: torch.Size, right: torch.Size, **kwargs) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-IN_PLACE = {torch.ops.aten.addmm_: operations}  # which the counter does not know
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,11 @@ RELATIONS = [
     ("relation_match", (("metric", "mae"),)),
     ("relation_match", (("metric", "mse"),)),
     ("relation_match", (("metric", "wasserstein"),)),
+    ("relation_kl", (("scope", "matrix"), ("relation", "euclidean"))),
 ]
+DISTANCES = [("rvlr", distance) for distance in ("mae", "mse", "kl", "wasserstein")]
+DISTANCES += [("rvlr_cross", distance) for distance in ("mae", "mse")]  # also of the image-text matrix
+COMMS = ("gather", "ring", "half_ring")
 PRECISIONS = [(torch.float64, 1), (torch.float32, 1), (torch.float32, 4)]  # dtype and chunks
 CASES = [
     Case(objective, comm, ids, chunks, dtype)
@@ -70,14 +69,19 @@ CASES = [
 CASES += [
     Case(objective, comm, chunks=chunks, dtype=dtype, settings=settings)
     for objective, settings in RELATIONS
-    for comm in ("gather", "ring", "half_ring")
+    for comm in COMMS
     for dtype, chunks in PRECISIONS
-    if comm == "gather" or settings[0][1] not in ("mse", "wasserstein")
+]
+CASES += [
+    Case(objective, comm, True, chunks, torch.float32, settings=(("relation_distance", distance),))
+    for objective, distance in DISTANCES
+    for comm in COMMS
+    for chunks in (1, 4)
 ]
 CASES += [Case("contrastive", comm, ids, spread=20.0) for comm in ("gather", "ring") for ids in (False, True)]
 CASES += [
     Case("relation_kl", comm, spread=20.0, settings=(("scope", scope), ("relation", "cosine")))
-    for comm in ("gather", "ring", "half_ring")
+    for comm in COMMS
     for scope in ("row", "matrix")
 ]
 CASES += [Case(objective, ids=True, impl="reference") for objective in ("contrastive", "sigmoid")]
@@ -103,6 +107,9 @@ TRITON += [
         ("relation_match", 3, "half_ring", 1.0),
     )
 ]
+
+
+OFFICIAL = {"iic_weight": 1, "ttc_weight": 2, "kd_weight": 2, "kd_image_weight": 1, "kd_text_weight": 0.7}
 
 
 class Small(nn.Module):
@@ -131,6 +138,8 @@ class Small(nn.Module):
             return sharded_sigmoid_loss(image, text, self.log_scale.exp(), self.bias, pair_id=pair_id, **how)
         teachers = [unit(teacher)(inputs[0]) for teacher in self.teachers]
         settings = dict(case.settings)
+        if case.objective.startswith("rvlr"):
+            return self.rvlr(image, text, teachers, ids, case, ranks)
         if case.objective == "relation_match":
             tau = self.taus[0]
             return sharded_relation_match_loss(
@@ -141,17 +150,33 @@ class Small(nn.Module):
             image, teachers, teacher_weights=self.teacher_weights, **taus, **settings, **how
         )
 
+    def rvlr(self, image, text, teachers: list[torch.Tensor], ids, case: Case, ranks: Ranks) -> torch.Tensor:
+        """Every term but those of a fusion encoder; what the second teacher says also serves as the projections."""
+        cross = case.objective == "rvlr_cross"
+        o = ObjectiveConfig(name="rvlr", impl=case.impl, cross_modal_relation=cross, **OFFICIAL, **dict(case.settings))
+        rows = Embedded(
+            image, text, self.log_scale.exp(), None, ids, teacher_image=teachers[0], teacher_text=teachers[1],
+            projected_teacher_image=teachers[1], projected_teacher_text=teachers[1], text_share=self.teacher_weights[0],
+        )  # fmt: skip
+        return total_loss(rows, o, ranks, case.comm)[0]
+
 
 def inputs_of(rows: slice = slice(0, N)) -> tuple[torch.Tensor, torch.Tensor]:
     """((2, b, FEATURES) float64, (b,) ids) of some of the N pairs; numbers of float32, the same in both dtypes."""
     return torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(1)).double()[:, rows], IDS[rows]
 
 
-def gradient(case: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The loss, and each parameter's gradient after the average that an engine makes."""
-    model = Small().to(case.dtype)
+def own_inputs(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """`inputs_of` this rank, on its device."""
     b = N // ranks.size
     inputs, ids = inputs_of(slice(ranks.rank * b, (ranks.rank + 1) * b))
+    return inputs.to(ranks.device), ids.to(ranks.device)
+
+
+def gradient(case: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The loss, and each parameter's gradient after the average that an engine makes."""
+    model = Small().to(ranks.device, case.dtype)
+    inputs, ids = own_inputs(ranks)
     loss = model(inputs.to(case.dtype), ids, case, ranks)
     loss.backward()
     return {"loss": loss.detach()} | averaged(dict(model.named_parameters()), ranks)
@@ -167,9 +192,8 @@ def averaged(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict[str, tor
 
 def meta_gradient(case: Case, later: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Gradient of L(t) + 0.5 L_later(t - 0.3 grad L(t)), the inner gradient averaged over ranks and differentiated."""
-    model = Small().double()
-    b = N // ranks.size
-    inputs, ids = inputs_of(slice(ranks.rank * b, (ranks.rank + 1) * b))
+    model = Small().to(ranks.device).double()
+    inputs, ids = own_inputs(ranks)
     parameters = dict(model.named_parameters())
     inner = model(inputs, ids, case, ranks)
     grads = torch.autograd.grad(inner, list(parameters.values()), create_graph=True, allow_unused=True)
@@ -191,9 +215,9 @@ META += [(Case("sigmoid", ids=ids), Case("relation_kl")) for ids in (False, True
 
 def meetings(way, rows: int, ranks: Ranks) -> torch.Tensor:
     """(W b, W b) how often row i met column j, and whether the columns' sums came home to the right owner."""
-    everyone = torch.zeros(ranks.size * rows, ranks.size * rows, dtype=torch.int64)
+    everyone = torch.zeros(ranks.size * rows, ranks.size * rows, dtype=torch.int64, device=ranks.device)
     first = ranks.rank * rows
-    own = torch.arange(first, first + rows)
+    own = torch.arange(first, first + rows, device=ranks.device)
 
     def visit(block: Block):
         assert block.held[0].tolist() == list(range(block.columns.start, block.columns.stop))
@@ -213,33 +237,11 @@ def meetings(way, rows: int, ranks: Ranks) -> torch.Tensor:
     return everyone
 
 
-def costs(ranks: Ranks) -> dict[str, tuple[dict[str, int], int]]:
-    """Bytes received by kind, and operations, of one step of (32, 64) embeddings a rank, by objective and comm."""
-    generator = torch.Generator().manual_seed(ranks.rank)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = (
-            F.normalize(torch.randn(32, 64, generator=generator), dim=1).to(dtype).requires_grad_() for _ in range(2)
-        )
-        calls = {
-            "contrastive": lambda how, x=x, y=y: sharded_contrastive_loss(x, y, 14.3, **how),
-            "relation_kl": lambda how, x=x, y=y: sharded_relation_kl_loss(
-                x, y.detach(), student_temperature=0.1, teacher_temperature=0.1, **how
-            ),
-        }
-        for name, call in calls.items():
-            for comm in ("gather", "ring", "half_ring"):
-                with count_traffic() as traffic, FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
-                    call({"ranks": ranks, "comm": comm}).backward()
-                found[f"{name} {comm} {dtype}"] = dict(traffic), flops.get_total_flops()
-    return found
-
-
 def one_row_each(ranks: Ranks) -> dict[str, torch.Tensor]:
     """This rank's gradient, times 1 / W, where it has a single row: half a block is then no row at all."""
-    row = inputs_of(slice(ranks.rank, ranks.rank + 1))[0]
+    row = inputs_of(slice(ranks.rank, ranks.rank + 1))[0].to(ranks.device)
     found = {}
-    for comm in ("gather", "ring", "half_ring"):
+    for comm in COMMS:
         x, z = (part.clone().requires_grad_() for part in row)
         loss = relation(x, ranks, teacher=z, comm=comm)
         loss = loss + sharded_relation_match_loss(x, [z], [0.7], temperature=1.0, ranks=ranks, comm=comm)
@@ -251,7 +253,7 @@ def one_row_each(ranks: Ranks) -> dict[str, torch.Tensor]:
 def refusals(ranks: Ranks) -> dict[str, str]:
     """What this rank is told where the ranks disagree, or ask for a derivative that there is not."""
     odd = ranks.rank == 1
-    rows = F.normalize(torch.randn(4, D), dim=1).requires_grad_()
+    rows = F.normalize(torch.randn(4, D), dim=1).to(ranks.device).requires_grad_()
     more = torch.cat([rows, rows[:1]])
     attempts = {
         "uneven": lambda: sharded_contrastive_loss(more if odd else rows, more if odd else rows, 10.0, ranks=ranks),
@@ -290,16 +292,12 @@ def derivative(rows: torch.Tensor, order: int, ranks: Ranks, comm: str, sigmoid:
 
 def half_precision(ranks: Ranks) -> dict[str, torch.Tensor]:
     """bfloat16 embeddings of this rank: their gradients, times 1 / W."""
-    inputs, _ = inputs_of(slice(ranks.rank * N // ranks.size, (ranks.rank + 1) * N // ranks.size))
-    x, y = (F.normalize(rows, dim=1).bfloat16().requires_grad_() for rows in inputs)
+    x, y = (F.normalize(rows, dim=1).bfloat16().requires_grad_() for rows in own_inputs(ranks)[0])
     sharded_contrastive_loss(x, y, 14.3, ranks=ranks).backward()
     return {"image": x.grad / ranks.size, "text": y.grad / ranks.size}
 
 
-def on_rank(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    ranks = Ranks(rank, size, torch.device("cpu"), dist.group.WORLD)
+def on_rank(ranks: Ranks) -> dict[str, object]:
     found = {
         "meta": [meta_gradient(*pair, ranks) for pair in META],
         "meetings": {
@@ -308,10 +306,9 @@ def on_rank(rank: int, size: int, folder: str) -> None:
         "refusals": refusals(ranks),
         "one row": one_row_each(ranks),
     }
-    if size != 3:
+    if ranks.size != 3:
         found |= {"cases": {str(case): gradient(case, ranks) for case in CASES}}
-        found |= {"costs": costs(ranks), "half": half_precision(ranks)}
-    if size == 2:
+        found |= {"costs": costs(ranks), "matching": costs_of_matching(ranks), "half": half_precision(ranks)}
+    if ranks.size == 2 and "triton" in available_impls(ranks.device):
         found |= {"triton": {str(case): gradient(case, ranks) for case in TRITON}}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found

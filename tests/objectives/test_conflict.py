@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from tests.objectives import conflict_cases as c
+from tests.worlds import meet, worlds
 from vlscale.config import validate
 from vlscale.distributed import Ranks
 from vlscale.objectives.conflict import resolved
@@ -18,11 +18,9 @@ def check(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None
         torch.testing.assert_close(got[name].double(), value.double(), rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.fixture(scope="module")
-def over_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(c.on_rank, (2, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+@pytest.fixture(scope="module", params=worlds(2))
+def over_two(request, tmp_path_factory):
+    return meet(c.on_rank, request.param, tmp_path_factory.mktemp(str(request.param)))
 
 
 @pytest.mark.parametrize(("case", "rule"), CASES)

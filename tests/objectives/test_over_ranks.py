@@ -1,7 +1,7 @@
 """Every objective over ranks against one process: losses, gradients of every parameter, second order, bytes, refusals.
 
-One launch of gloo ranks a world size runs all its cases; the tests compare what rank 0 found with the dense loss of one
-process in float64. Three ranks, an odd number, run what depends on how blocks meet.
+One launch a world runs all its cases; the tests compare what rank 0 found with the dense loss of one process in
+float64. Three ranks, an odd number, run what depends on how blocks meet.
 """
 
 import functools
@@ -9,27 +9,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
+from tests.objectives import costs_over_ranks as c
 from tests.objectives import over_ranks as o
+from tests.worlds import World, meet, worlds
 from vlscale.distributed import Ranks
 from vlscale.kernels import primitives as p
 
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory):
-    """What each rank of a world of this size found."""
+    """What each rank of a world found."""
 
-    launched: dict[int, list[dict] | None] = {}
+    launched: dict[World, list[dict] | None] = {}
 
-    def launch(size: int) -> list[dict]:
-        if size not in launched:
-            launched[size] = None
-            folder = tmp_path_factory.mktemp(f"world{size}")
-            multiprocessing.spawn(o.on_rank, (size, str(folder)), nprocs=size)
-            launched[size] = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-        assert launched[size], "this world failed when the first test asked for it"
-        return launched[size]
+    def launch(world: World) -> list[dict]:
+        if world not in launched:
+            launched[world] = None
+            launched[world] = meet(o.on_rank, world, tmp_path_factory.mktemp(str(world)))
+        assert launched[world], "this world failed when the first test asked for it"
+        return launched[world]
 
     return launch
 
@@ -73,30 +72,34 @@ def test_one_rank_is_the_kernels_own(case):
     check(o.gradient(case, Ranks()), truth_of(case), bound_of(case))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("world", worlds(2, 4))
 @pytest.mark.parametrize("case", o.CASES, ids=str)
-def test_gradients_over_ranks(found, size, case):
-    ranks = [each["cases"][str(case)] for each in found(size)]
+def test_gradients_over_ranks(found, world, case):
+    ranks = [each["cases"][str(case)] for each in found(world)]
     assert len({float(each["loss"]) for each in ranks}) == 1
     check(ranks[0], truth_of(case), bound_of(case))
 
 
+@pytest.mark.parametrize("world", worlds(2))
 @pytest.mark.parametrize("case", o.TRITON, ids=str)
-def test_gradients_over_ranks_in_triton(found, case):
+def test_gradients_over_ranks_in_triton(found, world, case):
     """Over all N^2 relations of long embeddings one pair is all of the teachers' distribution: their gradients are then
     next to nothing, and float32 loses their digits in the dense loss too."""
     settings = dict(case.settings)
     dense = None
     if case.spread != 1 and settings.get("scope") == "matrix":
         dense = o.gradient(replace(case, comm="gather", impl="reference"), Ranks())
-    check(found(2)[0]["triton"][str(case)], truth_of(case), bound_of(case), dense)
+    first = found(world)[0]
+    if "triton" not in first:
+        pytest.skip("Triton's interpreter is not there for CPU tensors where there are GPUs")
+    check(first["triton"][str(case)], truth_of(case), bound_of(case), dense)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("world", worlds(2, 3))
 @pytest.mark.parametrize("index", range(len(o.META)), ids=[str(case) for case, _ in o.META])
-def test_second_order_over_ranks(found, size, index):
+def test_second_order_over_ranks(found, world, index):
     dense = [replace(case, comm="gather", impl="reference") for case in o.META[index]]
-    check(found(size)[0]["meta"][index], o.meta_gradient(*dense, Ranks()), 1e-10)
+    check(found(world)[0]["meta"][index], o.meta_gradient(*dense, Ranks()), 1e-10)
 
 
 @torch.no_grad()
@@ -115,77 +118,134 @@ def test_the_spread_cases_need_the_fallback():
             assert not p.sums_are_sound(o.N, rows[0] + rows[1])
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_half_precision(found, size):
+@pytest.mark.parametrize("world", worlds(2, 4))
+def test_half_precision(found, world):
     inputs, _ = o.inputs_of()
     x, y = (torch.nn.functional.normalize(rows, dim=1).bfloat16().double().requires_grad_() for rows in inputs)
     o.sharded_contrastive_loss(x, y, 14.3, ranks=Ranks(), impl="reference").backward()
     for name, exact in (("image", x.grad), ("text", y.grad)):
-        got = torch.cat([each["half"][name] for each in found(size)])
+        got = torch.cat([each["half"][name] for each in found(world)])
         assert got.dtype == torch.bfloat16
         assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_how_blocks_meet(found, size, rows):
+def test_how_blocks_meet(found, world, rows):
     """Gather and ring: every row and column once. Half ring: every pair of ranks' rows once, one way or the other."""
-    meetings = found(size)[0]["meetings"]
+    meetings = found(world)[0]["meetings"]
     for way in ("Gather", "Ring"):
         assert (meetings[way, rows] == 1).all()
     half = meetings["HalfRing", rows]
-    owner = torch.arange(size * rows) // rows
+    owner = torch.arange(world.size * rows) // rows
     same = owner[:, None] == owner[None, :]
     assert ((half + half.T)[~same] == 1).all() and (half[same] == 1).all()
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
 @pytest.mark.parametrize("comm", ["gather", "ring", "half_ring"])
-def test_one_row_a_rank(found, size, comm):
-    x, z = (part.clone().requires_grad_() for part in o.inputs_of(slice(0, size))[0])
+def test_one_row_a_rank(found, world, comm):
+    x, z = (part.clone().requires_grad_() for part in o.inputs_of(slice(0, world.size))[0])
     loss = o.relation(x, Ranks(), teacher=z, impl="reference")
     (loss + o.sharded_relation_match_loss(x, [z], [0.7], temperature=1.0, ranks=Ranks(), impl="reference")).backward()
-    got = torch.cat([each["one row"][comm] for each in found(size)], 1)
+    got = torch.cat([each["one row"][comm] for each in found(world)], 1)
     torch.testing.assert_close(got, torch.stack([x.grad, z.grad]), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_received(found, size, dtype):
-    """Within 5 % of the formulas on paper, with b rows of width d a rank, e bytes an element."""
-    b, d, e = 32, 64, dtype.itemsize
-    share = (size - 1) * b
-    expected = {
+def designed(size: int, e: int) -> dict[str, float]:
+    """Bytes that a rank receives by the design on paper: forward + backward. The sigmoid loss may take no more than the
+    contrastive one."""
+    b, d, share = c.B, c.D, (size - 1) * c.B
+    pairs = {
+        "gather": share * (d * e + 4 * d) + 8 * share,
+        "ring": share * (d * e + 4) + size * b * (d * e + 4 + 4 * d),
+    }
+    of_pairs = {f"{name} {comm}": each for name in ("contrastive", "sigmoid") for comm, each in pairs.items()}
+    return of_pairs | {"relation_kl gather": share * 2 * d * e + 8 * share}
+
+
+def own_formulas(size: int, e: int) -> dict[str, float]:
+    """The same by what the objectives' files say of themselves; a half ring's of all ranks together, over their number.
+
+    At even W the lower half of the ranks gets half a block less back from a half ring: W/2 - 1/4 blocks on average."""
+    b, d, share = c.B, c.D, (size - 1) * c.B
+    half, back = size / 2 * b, (size / 2 - 1 / 4) * b
+    return {
         "contrastive gather": share * (d * e + 4 * d + 8),
         "contrastive ring": share * (2 * d * e + 4) + size * b * (4 + 4 * d),
-        "relation_kl gather": share * (2 * d * e + 8),
-        "relation_kl ring": share * (4 * d * e + 8),
+        "contrastive by id gather": share * (d * e + 4 * d + 28),
+        "contrastive by id ring": share * (2 * d * e + 8 + 8) + size * b * (12 + 4 * d),
+        "sigmoid gather": share * (d * e + 4 * d),
+        "sigmoid ring": share * d * e + size * b * 4 * d,
+        "relation_kl gather": share * (2 * d * e + 12),
+        "relation_kl ring": share * (4 * d * e + 12),
+        "relation_kl half_ring": half * (4 * d * e + 12) + back * (20 + 4 * d),
+        "mae gather": share * 2 * d * e,
+        "mae ring": share * 2 * d * e,
+        "mae half_ring": half * 2 * d * e + back * 4 * d,
+        **{f"mse {comm}": 2 * 2 * (size - 1) / size * 8 * (2 * d) ** 2 for comm in o.COMMS},
+        **{f"wasserstein {comm}": share * (2 * d * e + 4 * d) for comm in o.COMMS},
     }
-    for name, formula in expected.items():
-        for each in found(size):
-            received = sum(each["costs"][f"{name} {dtype}"][0].values())
-            assert 0.95 * formula <= received <= 1.05 * formula, (name, received, formula)
-    whole = sum(sum(each["costs"][f"relation_kl half_ring {dtype}"][0].values()) for each in found(size))
-    assert whole <= 1.05 * size * (size / 2) * b * (4 * d * e + 32 + 4 * d)
-    kinds = found(size)[0]["costs"]
-    assert set(kinds[f"contrastive gather {dtype}"][0]) == {"all_gather", "reduce_scatter", "all_reduce"}
-    assert set(kinds[f"contrastive ring {dtype}"][0]) == {"transfer", "all_reduce"}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_nothing_is_computed_twice(found, size):
+@pytest.mark.parametrize("world", worlds(2, 4))
+@pytest.mark.parametrize("dtype", c.DTYPES)
+def test_bytes_received(found, world, dtype):
+    """Each within 5 % of its own formula. Of the design's, gather is within 5 %, and a ring takes less: in the backward
+    its columns make one way less."""
+    received = {
+        name.removesuffix(f" {dtype}"): [sum(each["costs"][name][0].values()) for each in found(world)]
+        for name in found(world)[0]["costs"]
+        if name.endswith(str(dtype))
+    }
+    for name, formula in own_formulas(world.size, dtype.itemsize).items():
+        of_ranks = [sum(received[name]) / world.size] if name.endswith("half_ring") else received[name]
+        assert of_ranks == pytest.approx([formula] * len(of_ranks), rel=0.05), name
+    for name, formula in designed(world.size, dtype.itemsize).items():
+        assert max(received[name]) <= formula * (1.05 if name.endswith("gather") else 1), name
+        if name in ("contrastive gather", "relation_kl gather"):
+            assert min(received[name]) >= 0.95 * formula, name
+
+
+@pytest.mark.parametrize("world", worlds(2, 4))
+@pytest.mark.parametrize("dtype", c.DTYPES)
+def test_bytes_of_matching(found, world, dtype):
+    """Embeddings, ids and places of all pairs once, what each rank asks for twice, and then the tokens of negatives
+    that another rank holds, with their gradients."""
+    e = dtype.itemsize
+    for each in found(world):
+        received, travelled = each["matching"][str(dtype)]
+        formula = (world.size - 1) * c.B * (2 * c.D * e + 8 + 8 + 2 * 8) + travelled * c.TOKENS * e
+        assert received == pytest.approx(formula, rel=0.05) and travelled > 0
+
+
+@pytest.mark.parametrize("world", worlds(2, 4))
+def test_what_kind_of_traffic_each_way_is(found, world):
+    kinds = {name: set(traffic) for name, (traffic, _) in found(world)[0]["costs"].items()}
+    for dtype in c.DTYPES:
+        assert kinds[f"contrastive gather {dtype}"] == {"all_gather", "reduce_scatter", "all_reduce"}
+        assert kinds[f"sigmoid gather {dtype}"] == {"all_gather", "reduce_scatter", "all_reduce"}
+        for name in ("contrastive", "sigmoid", "relation_kl", "mae"):
+            assert kinds[f"{name} ring {dtype}"] == kinds[f"{name} half_ring {dtype}"] == {"transfer", "all_reduce"}
+        for comm in o.COMMS:  # which have one way each
+            assert kinds[f"mse {comm} {dtype}"] == {"all_reduce"}
+            assert kinds[f"wasserstein {comm} {dtype}"] == {"all_gather", "reduce_scatter", "all_reduce"}
+
+
+@pytest.mark.parametrize("world", worlds(2, 4))
+def test_nothing_is_computed_twice(found, world):
     """Products of 2 N^2 D operations over all ranks are one process's; a rank's own block is a whole square here."""
     products = {"contrastive gather": 4, "contrastive ring": 4, "relation_kl gather": 5, "relation_kl ring": 5}
-    products |= {"relation_kl half_ring": 3 + 2 / size}
+    products |= {"relation_kl half_ring": 3 + 2 / world.size}
     for name, expected in products.items():
-        operations = [each["costs"][f"{name} torch.float32"][1] for each in found(size)]
-        assert sum(operations) == pytest.approx(expected * 2 * (32 * size) ** 2 * 64)
+        operations = [each["costs"][f"{name} torch.float32"][1] for each in found(world)]
+        assert sum(operations) == pytest.approx(expected * 2 * (c.B * world.size) ** 2 * c.D)
         assert max(operations) <= 1.01 * min(operations)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_rank_hears_what_is_wrong(found, size):
-    told = [each["refusals"] for each in found(size)]
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+def test_every_rank_hears_what_is_wrong(found, world):
+    told = [each["refusals"] for each in found(world)]
     for each in told:
         assert each["uneven"].startswith(
             "ValueError: contrastive loss: every rank needs the same number of rows, rank 0"

@@ -15,7 +15,7 @@ from vlscale.distributed import Ranks
 from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.objectives.total import Embedded, relations_loss, total_loss
 from vlscale.sections import ObjectiveConfig
-from vlscale.train.setup import build_parts
+from vlscale.train.setup import build_parts, gathered_anyway
 
 ROOT = Path(__file__).resolve().parents[2]
 N, D = 12, 6
@@ -151,3 +151,21 @@ def test_without_a_fusion_encoder_a_run_says_that_matching_has_no_weight(tiny_co
         (run,) = load_plan(tiny_config, overrides)
         build_parts(run.config, tmp_path / "none", Ranks())
         assert (line in caplog.messages) == says
+
+
+def test_what_a_ring_cannot_bring_is_named(tiny_config):
+    """Sorting and drawing take all rows at once: who asks for a ring is told."""
+    bert = "model_type: bert, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64"
+    keys = ["objective={name: rvlr, relation_distance: wasserstein}", "teacher.source=frozen_copy"]
+    fusion = [f"model.text.config={{{bert}, initializer_range: 0.3}}", "model.fusion={source: text}"]
+    sorts, draws = "objective.relation_distance=wasserstein", "objective.itm_weight"
+    for overrides, expected in (
+        (["engine.comm=ring", *keys], [sorts]),
+        (["engine.comm=half_ring", *keys, *fusion], [sorts, draws]),
+        (["engine.comm=ring", *keys, *fusion, "objective.relation_distance=mae"], [draws]),
+        (["engine.comm=ring", *keys, *fusion, "objective.relation_distance=kl", "objective.itm_weight=0"], []),
+        (["engine.comm=gather", *keys, *fusion], []),
+        (keys, []),
+    ):
+        (run,) = load_plan(tiny_config, overrides)
+        assert [line.split()[0] for line in gathered_anyway(run.config)] == expected

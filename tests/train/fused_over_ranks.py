@@ -8,7 +8,6 @@ import functools
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.objectives.over_ranks import averaged
@@ -40,9 +39,10 @@ class Case:
     objective: dict = field(hash=False)
     chunks: int = 1
     dtype: torch.dtype = torch.float64
+    comm: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.name} {self.chunks} chunks {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {self.comm} {self.chunks} chunks {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def of(self) -> ObjectiveConfig:
@@ -61,6 +61,12 @@ KINDS = {
 CASES = [Case(name, own) for name, own in KINDS.items()]
 CASES += [Case(name, KINDS[name], 4) for name in ("itm", "mlm", "everything")]
 CASES += [Case("everything", EVERYTHING, chunks, torch.float32) for chunks in (1, 4)]
+CASES += [
+    Case(name, KINDS[name], chunks, torch.float32, comm)
+    for name in ("itm", "itm sigmoid", "rvlr mae", "everything")
+    for comm in ("ring", "half_ring")
+    for chunks in (1, 4)
+]
 
 
 def model(sigmoid: bool, dtype: torch.dtype) -> DualEncoder:
@@ -122,18 +128,19 @@ def step_parts(case: Case, ranks: Ranks) -> StepParts:
 
 def gradient(case: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
     """The loss, its parts, and each parameter's gradient after the average that an engine makes."""
-    encoder = model(case.of.loss == "sigmoid", case.dtype)
+    encoder = model(case.of.loss == "sigmoid", case.dtype).to(ranks.device)
     batch = part_of(whole_batch(), ranks, case.of.caption_weight > 0)
-    loss, metrics = total_loss(embed(encoder, step_parts(case, ranks), batch), case.of, ranks)
+    loss, metrics = total_loss(embed(encoder, step_parts(case, ranks), batch), case.of, ranks, case.comm)
     loss.backward()
     return {"loss": loss.detach(), "metrics": metrics} | averaged(dict(encoder.named_parameters()), ranks)
 
 
 def truth(case: Case) -> dict[str, torch.Tensor]:
     """The same by one process, plainly."""
-    case, batch = replace(case, chunks=1, dtype=torch.float64), whole_batch()
+    batch = whole_batch()
     encoder, o = model(case.of.loss == "sigmoid", torch.float64), case.of.model_copy(update={"impl": "reference"})
-    parts = step_parts(replace(case, objective=case.objective | {"itm_weight": 0, "mlm_weight": 0}), Ranks())
+    alone = case.objective | {"itm_weight": 0, "mlm_weight": 0}
+    parts = step_parts(replace(case, objective=alone, chunks=1, dtype=torch.float64), Ranks())
     rows = embed(encoder, parts, part_of(batch, Ranks(), o.caption_weight > 0))
     vision = encoder.vision_model(normalise(batch.images, SPEC).double()).last_hidden_state
     text = encoder.text_model(batch.input_ids, batch.attention_mask).last_hidden_state
@@ -184,9 +191,10 @@ def draws(ranks: Ranks, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The hard negatives that this rank finds among `count` pairs of random embeddings."""
     image, text, ids = many(count)
     rows = slice(ranks.rank * count // ranks.size, (ranks.rank + 1) * count // ranks.size)
-    sides = (Rows(emb[rows], ids[rows]) for emb in (image, text))
+    sides = (Rows(emb[rows].to(ranks.device), ids[rows].to(ranks.device)) for emb in (image, text))
     key = hash64(SEED, "fusing", NUMBER)
-    return hard_negatives(*sides, torch.arange(count)[rows], torch.tensor(8.0), key, ranks)
+    scale = torch.tensor(8.0, device=ranks.device)
+    return hard_negatives(*sides, torch.arange(count)[rows], scale, key, ranks)
 
 
 def many(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -200,11 +208,11 @@ def exchanged(ranks: Ranks) -> dict[str, object]:
     generator = torch.Generator().manual_seed(6)
     everyone = torch.randn(3 * ranks.size, 5, generator=generator, dtype=torch.float64)
     wanted = torch.randint(0, len(everyone), (ranks.size, 4), generator=generator)
-    own = everyone[3 * ranks.rank :][:3].clone().requires_grad_()
-    plan = plan_exchange(wanted[ranks.rank], 3, ranks)
+    own = everyone[3 * ranks.rank :][:3].to(ranks.device, copy=True).requires_grad_()
+    plan = plan_exchange(wanted[ranks.rank].to(ranks.device), 3, ranks)
     with count_traffic() as traffic:
         found = plan(own)
-        weight = torch.arange(1.0, 5.0, dtype=torch.float64)[:, None] * (ranks.rank + 1)
+        weight = torch.arange(1.0, 5.0, dtype=torch.float64, device=ranks.device)[:, None] * (ranks.rank + 1)
         (grad,) = torch.autograd.grad((found * weight).square().sum(), own, create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), own)
     away = int((wanted[ranks.rank] // 3 != ranks.rank).sum())
@@ -217,23 +225,19 @@ def exchanged(ranks: Ranks) -> dict[str, object]:
 
 def refused(ranks: Ranks) -> str:
     """What this rank is told when all pairs share an id."""
-    rows = Rows(F.normalize(torch.randn(2, D), dim=1), torch.full((2,), 5))
+    unit = F.normalize(torch.randn(2, D), dim=1).to(ranks.device)
+    rows, scale = Rows(unit, torch.full((2,), 5, device=ranks.device)), torch.tensor(1.0, device=ranks.device)
     try:
-        hard_negatives(rows, rows, torch.arange(2) + 2 * ranks.rank, torch.tensor(1.0), 0, ranks)
+        hard_negatives(rows, rows, torch.arange(2) + 2 * ranks.rank, scale, 0, ranks)
     except ValueError as error:
         return str(error)
     return "accepted"
 
 
-def on_rank(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    ranks = Ranks(rank, size, torch.device("cpu"), dist.group.WORLD)
-    found = {
+def on_rank(ranks: Ranks) -> dict[str, object]:
+    return {
         "cases": {str(case): gradient(case, ranks) for case in CASES},
         "draws": draws(ranks, 2400),
         "exchanged": exchanged(ranks),
         "refused": refused(ranks),
     }
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()

@@ -220,6 +220,8 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         model.masked_head = MaskedHead(model.fusion.width, words.size)
     if model.fusion is not None and not config.objective.fuses:
         get_logger().info("no objective has a weight that looks at the fusion encoder: it stays as it is")
+    for what in gathered_anyway(config) if ranks.size > 1 else ():
+        get_logger().info("engine.comm=%s: %s, whose embeddings are gathered all the same", config.engine.comm, what)
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     stamp = _same_teachers(config, header or teachers, spec, folder, ranks)
     if teachers is not None:
@@ -241,6 +243,18 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
         _check_resample(inputs.teacher_spec, "the image teacher's processor")
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
     return Parts(tokenizer, processor, spec, model, teachers, inputs, stamp)
+
+
+def gathered_anyway(config: Config) -> list[str]:
+    """What needs the rows of all ranks at once, where `engine.comm` asks for a ring."""
+    o, found = config.objective, []
+    if config.engine.comm not in ("ring", "half_ring"):
+        return found
+    if o.name == "rvlr" and o.distils and o.relation_distance == "wasserstein":
+        found.append("objective.relation_distance=wasserstein sorts whole rows of relations")
+    if config.model.fusion is not None and o.matching_weight > 0:
+        found.append("objective.itm_weight draws negatives among all pairs")
+    return found
 
 
 def _check_resample(spec: ImageSpec, whose: str) -> None:
