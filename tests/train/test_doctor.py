@@ -121,11 +121,14 @@ done
 def test_every_machine_of_a_hostfile_is_tried(tmp_path, monkeypatch):
     (tmp_path / "ssh").write_text(SSH)
     (tmp_path / "ssh").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", str(tmp_path))
     hosts = tmp_path / "hostfile"
     hosts.write_text("# two machines\ngood slots=8\nbad slots=8\n")
-    good, bad = examine_hostfile(hosts)
+    good, bad, pdsh = examine_hostfile(hosts)
     assert (good.name, good.level) == ("host good", "ok") and (bad.name, bad.level) == ("host bad", "fail")
+    assert (pdsh.name, pdsh.level) == ("pdsh", "fail") and "install pdsh" in pdsh.change
+    (tmp_path / "pdsh").symlink_to(tmp_path / "ssh")
+    assert [finding.name for finding in examine_hostfile(hosts)] == ["host good", "host bad"]
     assert "No route to host" in bad.value and "take bad out of the hostfile" in bad.change
     done = CliRunner().invoke(app, ["doctor", "--hostfile", str(hosts)])
     assert done.exit_code == 2 and "X host bad" in done.output

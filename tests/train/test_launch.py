@@ -1,20 +1,29 @@
-"""The real launcher: two gloo ranks under `deepspeed`, every ZeRO stage in one launch, against one process."""
+"""The real launcher: two gloo ranks under `deepspeed`, every ZeRO stage in one launch, against one process; and on the
+machines of a hostfile."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.train.launcher import launch
+from tests.train.stand_ins import stand_in
+from vlscale.cli.launcher import free_port
 from vlscale.config import load_plan
 from vlscale.evaluate.run import EvalRequest, evaluate_model
+from vlscale.resources import launch_folder
 from vlscale.train.metrics_file import read_metrics
 from vlscale.train.plan import train_plan
+from vlscale.train.rendezvous import join
 
 RUNS = {
     "zero0": "engine: {zero_stage: 0}",
@@ -88,6 +97,56 @@ def test_a_wrong_config_is_said_once_and_ends_with_2(tiny_config, tmp_path):
     said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1 and "33 cannot be divided by the world size 2" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+STEPS = ["train.max_steps=3", "train.checkpoint_every=3", "log.progress=false"]
+
+
+def launch_on(hosts: str, config: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """As one types it: `deepspeed --hostfile FILE launch/train.py CONFIG --out DIR`, in `folder`. What machines are to
+    know beside the command stands in DeepSpeed's own file."""
+    (folder / "hostfile").write_text(hosts)
+    known = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in known.items()))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(folder / "hostfile")]
+    command += ["--master_port", str(free_port()), str(launch_folder() / "train.py"), str(config)]
+    environment = os.environ | known | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    how = {"env": environment, "cwd": folder, "capture_output": True, "text": True, "timeout": 900}
+    return subprocess.run([*command, "--out", str(folder / "two"), *STEPS, *overrides], **how)
+
+
+def test_a_rank_on_each_machine_of_a_hostfile_follows_one_process(tiny_config, tmp_path):
+    asked = stand_in(tmp_path / "bin")
+    done = launch_on("near slots=1\nfar slots=1\n", tiny_config, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert asked.read_text().split().count("far") == 1  # `near` is asked for its name and address before
+    train_plan(load_plan(tiny_config, STEPS), tmp_path / "one", resume=False)
+    two, one = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [line["keys"] for line in two] == [line["keys"] for line in one] and len(two) == 3
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+
+
+def test_a_machine_that_is_not_reached_is_named_in_one_line(tiny_config, tmp_path):
+    stand_in(tmp_path / "bin")
+    done = launch_on("near slots=1\naway slots=1\n", tiny_config, tmp_path, "engine.timeout_seconds=5")
+    assert done.returncode != 0 and not (tmp_path / "two").exists()
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: 1 of 2 ranks came to 127\.0\.0\.1:\d+ within 5 s; host away not reached: ssh: ", said)
+    assert said.endswith("or take away out of the hostfile") and "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(monkeypatch):
+    """By the store's own error: this process has a group already, and gets no other."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        store = partial(dist.TCPStore, "127.0.0.1", port, 2, is_master=True)
+        monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **how: store(timeout=timeout))
+        with pytest.raises(ValueError, match=r"^ranks meet at 127\.0\.0\.1:\d+, which failed: .+; see that rank 0"):
+            join("gloo", 0, 2, seconds=5)
 
 
 def test_the_training_benchmark_runs_on_a_cpu(tmp_path):

@@ -3,10 +3,12 @@
 Started by torchrun or deepspeed, all ranks measure together; alone, only a hostfile's machines are tried.
 """
 
+import shutil
 import socket
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -71,9 +73,19 @@ def _median_seconds(ranks: Ranks, values: torch.Tensor) -> float:
 
 
 def examine_hostfile(path: Path) -> list[Finding]:
-    """Every machine of a DeepSpeed hostfile, tried by ssh. DeepSpeed itself tries only the first one."""
+    """Every machine of a DeepSpeed hostfile, tried by ssh, and what starts ranks on several of them. DeepSpeed itself
+    tries only the first one."""
     hosts = read_hostfile(path)
-    with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
+    found = try_hosts(hosts)
+    if len(hosts) > 1 and shutil.which("pdsh") is None:
+        change = "install pdsh, through which deepspeed starts ranks on several machines, or give it another --launcher"
+        found.append(Finding("pdsh", "not found", "fail", change))
+    return found
+
+
+def try_hosts(hosts: Sequence[str]) -> list[Finding]:
+    """By ssh, at once."""
+    with ThreadPoolExecutor(max_workers=min(64, max(len(hosts), 1))) as pool:
         return list(pool.map(_reach, hosts))
 
 

@@ -26,6 +26,7 @@ from vlscale.train.deepspeed_json import json_for_deepspeed, refusals_named
 from vlscale.train.elastic import load_full, save_full
 from vlscale.train.gradients import Gradients, Held, Move, moving, parameter_norm
 from vlscale.train.optimizer import build_optimizer, set_rates
+from vlscale.train.rendezvous import join
 
 TAG = "engine"  # folder of DeepSpeed's files inside one of our checkpoints
 
@@ -46,7 +47,7 @@ def start_ranks(engine: EngineConfig) -> Ranks:
     if not dist.is_initialized():
         backend, timeout = ("nccl" if cuda else "gloo"), timedelta(seconds=engine.timeout_seconds)
         if size > 1:
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+            join(backend, rank, size, engine.timeout_seconds)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         atexit.register(dist.destroy_process_group)

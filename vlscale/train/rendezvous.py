@@ -1,0 +1,43 @@
+"""How ranks find each other; where some do not come, one line that names the machine if that can be known."""
+
+import base64
+import json
+import os
+import re
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+WORLD = "--world_info="  # what DeepSpeed's inner launcher is given of a hostfile
+
+
+def join(backend: str, rank: int, size: int, seconds: float) -> None:
+    """The process group that the launcher describes in the environment. ValueError where not all ranks come in time."""
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise ValueError(_what_is_wrong(size, seconds, str(error))) from None
+
+
+def launched_hosts() -> list[str]:
+    """Machines of the hostfile that DeepSpeed started this rank by; none under other launchers, or on one machine."""
+    launcher = psutil.Process().parent()
+    words = launcher.cmdline() if launcher else []
+    given = [word.removeprefix(WORLD) for word in words if word.startswith(WORLD)]
+    hosts = list(json.loads(base64.urlsafe_b64decode(given[0]))) if given else []
+    return hosts if len(hosts) > 1 else []
+
+
+def _what_is_wrong(size: int, seconds: float, error: str) -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    came = re.search(r"(\d+)/\d+ clients joined", error)
+    if came is None:  # the port is taken, or not reached
+        return f"ranks meet at {address}, which failed: {error.splitlines()[0]}; see that rank 0 runs, and its port"
+    said = f"{came[1]} of {size} ranks came to {address} within {seconds:g} s"
+    from vlscale.train.doctor_ranks import try_hosts  # which is needed by no run that starts
+
+    faults = [found for found in try_hosts(launched_hosts()) if found.level == "fail"]
+    if not faults:
+        return f"{said}; the others' own output says why, and `vlscale doctor` on each machine what it lacks"
+    return "; ".join([said, *(f"{found.name} {found.value}" for found in faults), faults[0].change])
