@@ -7,9 +7,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from tests.conftest import TINY
 from vlscale.config import parse_overrides, validate
 from vlscale.distributed import Ranks
-from vlscale.sections import Config, OptimConfig
+from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder
+from vlscale.sections import Config, ModelConfig, OptimConfig
 from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.engine import start_ranks
 from vlscale.train.optimizer import build_optimizer, layer_depths, rate_scales, set_rates
@@ -99,6 +101,42 @@ def test_rates_fall_by_depth_and_the_heads_learn_at_the_full_rate():
     assert expected["logit_scale"] == expected["visual_projection.weight"] == 1
     for name, p in model.named_parameters():
         torch.testing.assert_close(before[name] - p.detach(), 0.1 * expected[name] * p.grad, rtol=1e-3, atol=1e-7)
+
+
+def encoder_of(fusion: dict | None) -> DualEncoder:
+    """A text model of four layers, that many of which the fusion encoder may take."""
+    text = TINY["model"]["text"]["config"] | {"num_hidden_layers": 4, "vocab_size": 20}
+    given = TINY["model"] | {"text": {"config": text}, "fusion": fusion}
+    return build_dual_encoder(ModelConfig.model_validate(given))
+
+
+def test_layers_that_were_the_text_models_own_learn_as_they_would_in_it():
+    whole = rate_scales(encoder_of(None), 0.5)
+    split = rate_scales(encoder_of({"source": "text", "layers": 3}), 0.5)
+    layers = "text_model.encoder.layer."
+    for name, rate in whole.items():
+        block, inside = name.removeprefix(layers).split(".", 1) if name.startswith(layers) else (0, "")
+        moved = name if int(block) == 0 else f"fusion.body.encoder.layer.{int(block) - 1}.{inside}"
+        assert split[moved] == rate, name
+    assert whole[layers + "0.output.dense.weight"] == 0.5**4
+    heads = {"fusion.matching.weight", "fusion.matching.bias", "text_model.pooler.dense.weight"}
+    assert {split[name] for name in heads} == {1.0}
+    assert split["fusion.body.encoder.layer.2.crossattention.self.key.weight"] == 0.5
+
+
+def test_a_fusion_encoder_of_its_own_stands_on_no_tower():
+    own = TINY["model"]["text"]["config"] | {"num_hidden_layers": 2, "hidden_size": 16}
+    scales, alone = rate_scales(encoder_of({"config": own}), 0.5), rate_scales(encoder_of(None), 0.5)
+    assert {name: scales[name] for name in alone} == alone
+    layers = {name: rate for name, rate in scales.items() if name.startswith("fusion.body")}
+    assert all(rate == 0.5 ** (2 - int(name.split(".")[4])) for name, rate in layers.items()) and layers
+    rest = {rate for name, rate in scales.items() if name.startswith("fusion.") and name not in layers}
+    assert rest == {1.0}  # the projections of both towers' tokens, and the head
+
+
+def test_only_a_fusion_encoder_that_is_there_can_wait():
+    with pytest.raises(ValueError, match=r"there is no fusion encoder; leave fusion out, or set model\.fusion"):
+        build_optimizer(encoder_of(None), OptimConfig(unlock_after={"fusion": 3}))
 
 
 def test_the_log_says_the_rates_and_the_waiting(caplog):

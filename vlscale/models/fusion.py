@@ -30,6 +30,7 @@ class FusionEncoder(nn.Module):
     def __init__(self, config: PretrainedConfig):
         super().__init__()
         self.config, self.width = config, config.hidden_size
+        self.above_text = False  # whether its layers were the text tower's own upper ones
         self.body = AutoModel.from_config(config, add_pooling_layer=False, dtype=torch.float32)
         del self.body.embeddings
         self.body.main_input_name = "inputs_embeds"  # else activation checkpointing looks for the embeddings
@@ -66,6 +67,7 @@ def build_fusion(
         for layer, upper in zip(encoder.layers, source.encoder.layer[-count:], strict=True):
             layer.load_state_dict(upper.state_dict(), strict=False)
         if source is text_model:
+            encoder.above_text = True
             del text_model.encoder.layer[-count:]
             text_model.config.num_hidden_layers -= count
     return encoder

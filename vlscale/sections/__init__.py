@@ -49,9 +49,10 @@ class Config(Section):
             )
         for tower, until in self.optim.unlock_after.items():
             if until >= self.train.max_steps:
+                instead = "leave model.fusion out" if tower == "fusion" else "lock it with model.locked"
                 raise ValueError(
                     f"optim.unlock_after.{tower}={until} must be below train.max_steps={self.train.max_steps}: "
-                    "the tower would never learn; lock it with model.locked instead"
+                    f"it would never learn; {instead} instead"
                 )
         if self.train.keep_best is not None and self.data.val is None:
             raise ValueError(

@@ -22,7 +22,8 @@ class OptimConfig(Section):
     final_lr_ratio: float = Field(0.0, ge=0, le=1)
     clip_norm: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
     layer_decay: float = Field(1.0, gt=0, le=1)  # rate of a tower's block over that of the one after it; 1: equal
-    unlock_after: dict[Literal["vision", "text"], PositiveInt] = {}  # steps that a tower waits unchanged
+    unlock_after: dict[Literal["vision", "text", "fusion"], PositiveInt] = {}  # steps that a tower waits unchanged, or
+    # the fusion encoder: it learns from the first step where it is not named, also over a text tower that waits
 
 
 class EngineConfig(Section):
@@ -32,6 +33,7 @@ class EngineConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = "none"  # where master weights and optimizer states live
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO-3 only: where a rank's shards of the weights live
     comm: Literal["auto", "gather", "ring", "half_ring"] = "auto"  # how embeddings of other ranks come; auto: by memory
+    # (wasserstein distances and the draw of matching's negatives take all of them at once, whatever it says)
     threads: int | None = Field(None, gt=0)  # CPU threads a rank; null: cores / ranks on this machine
     timeout_seconds: float = Field(600.0, gt=0)  # of every collective
     warm_timeout_seconds: float = Field(300.0, gt=0)  # of those of a step once two are made; at most timeout_seconds

@@ -2,7 +2,9 @@
 
 Layer decay (ELECTRA, arXiv 2003.10555; BEiT, arXiv 2106.08254): with L blocks in a tower, depth 0 is what stands before
 the first block, block i has depth i + 1, what stands after the last one L + 1; the rate is lr decay^(L + 1 - depth).
-Projections and scalars learn at the full rate.
+Projections and scalars learn at the full rate, and a fusion encoder's layers by depth as a tower's do. Where they were
+the text tower's own upper layers, the two are one stack: of F fusion layers over L text layers, what depth the text
+tower counts up to L learns at lr decay^(F + L + 1 - depth), as it would in the text model that was split.
 
 A waiting tower (`optim.unlock_after`) is in the optimizer from the start, so that no ZeRO stage has to repartition.
 Until its step, its gradients are replaced by zeros before anything sees them (neither the global norm nor the moments
@@ -20,7 +22,8 @@ from torch import nn
 from vlscale.logging import get_logger
 from vlscale.sections import OptimConfig
 
-TOWERS = {"vision": "vision_model", "text": "text_model"}  # submodules of the dual encoder
+TOWERS = {"vision": "vision_model", "text": "text_model", "fusion": "fusion"}  # submodules of the dual encoder
+NAMES = {"vision": "vision tower", "text": "text tower", "fusion": "fusion encoder"}
 FUSED_DEVICES = ("cuda", "cpu")  # on a CPU the fused AdamW takes a fifth of the time of the loop over tensors
 Place = tuple[float, int, bool]  # share of the rate, last step of waiting, whether weight decay applies
 
@@ -77,8 +80,16 @@ def rate_scales(model: nn.Module, decay: float) -> dict[str, float]:
         if tower is not None and decay < 1:
             depths = layer_depths(tower)
             top = max(depths.values())
-            scales |= {f"{prefix}.{name}": decay ** (top - depth) for name, depth in depths.items()}
+            above = _layers_above(model, prefix)
+            rates = {name: decay ** (top - depth + above * (depth < top)) for name, depth in depths.items()}
+            scales |= {f"{prefix}.{name}": rate for name, rate in rates.items()}
     return scales
+
+
+def _layers_above(model: nn.Module, prefix: str) -> int:
+    """Of a fusion encoder that was split off this tower, whose pooler is a head all the same."""
+    fusion = getattr(model, TOWERS["fusion"], None)
+    return len(fusion.layers) if prefix == TOWERS["text"] and fusion is not None and fusion.above_text else 0
 
 
 def layer_depths(tower: nn.Module) -> dict[str, int]:
@@ -121,9 +132,11 @@ def _waits(learned: dict[str, nn.Parameter], optim: OptimConfig) -> dict[str, in
     waits: dict[str, int] = {}
     for tower, until in optim.unlock_after.items():
         names = [name for name in learned if name.startswith(TOWERS[tower] + ".")]
+        if not names and tower == "fusion":
+            raise ValueError("optim.unlock_after: there is no fusion encoder; leave fusion out, or set model.fusion")
         if not names:
             raise ValueError(
-                f"optim.unlock_after: the {tower} tower is in model.locked and never learns; leave it out of one"
+                f"optim.unlock_after: the {NAMES[tower]} is in model.locked and never learns; leave it out of one"
             )
         waits |= dict.fromkeys(names, until)
     return waits
@@ -157,6 +170,8 @@ def _tell(model: nn.Module, optim: OptimConfig, scales: dict[str, float]) -> Non
     for tower, prefix in TOWERS.items() if optim.layer_decay < 1 else ():
         own = sorted({scale for name, scale in scales.items() if name.startswith(prefix + ".")})
         rates = " ".join(f"{optim.lr * scale:.3g}" for scale in own)
-        get_logger().info("%s tower: learning rate by depth, embeddings first: %s", tower, rates)
+        first = "first layer" if tower == "fusion" else "embeddings"
+        if own:
+            get_logger().info("%s: learning rate by depth, %s first: %s", NAMES[tower], first, rates)
     for tower, until in optim.unlock_after.items():
-        get_logger().info("%s tower: locked until after step %d", tower, until)
+        get_logger().info("%s: locked until after step %d", NAMES[tower], until)
