@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from vlscale.models import siglip
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder
 from vlscale.models.rows import unit
-from vlscale.models.towers import Modality, check_weights, load_with_gaps, one_line, some
+from vlscale.models.towers import Modality, check_weights, first_few, load_with_gaps, one_line
 from vlscale.sections import TeacherConfig
 
 PROJECTIONS = {"vision": "visual_projection", "text": "text_projection"}
@@ -130,8 +130,8 @@ def _single_modal(modality: Modality, folder: str) -> Teacher:
     beside = [name for name in lacking if not name.startswith("pooler.")]
     if beside:
         raise ValueError(
-            f"teacher {folder}: its weights lack {some(beside)}, so what it says would be random; give a folder with "
-            "all of them"
+            f"teacher {folder}: its weights lack {first_few(beside)}, so what it says would be random; give a folder "
+            "with all of them"
         )
     if lacking:
         tower.pooler = None

@@ -57,7 +57,7 @@ def load_tower(modality: Modality, source: str, dropout: float | None = None) ->
     """A tower with its weights; of a dual encoder, the one that is asked for."""
     tower, lacking = load_with_gaps(modality, source, dropout)
     if lacking:
-        get_logger().info("model %s: its weights lack %s, which begin random", source, some(lacking))
+        get_logger().info("model %s: its weights lack %s, which begin random", source, first_few(lacking))
     return tower
 
 
@@ -88,8 +88,7 @@ def load_with_gaps(modality: Modality, source: str, dropout: float | None = None
     return (tower if alone else siglip.padded(tower)), lacking
 
 
-def some(names: list[str]) -> str:
-    """For a message."""
+def first_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
