@@ -72,6 +72,8 @@ class Build:
                 types[name] = "*i32"
             elif name.endswith("ids_ptr") or name in INDICES or (self.kernel.__name__, name) in KEYS:
                 types[name] = "*i64"
+            elif self.kernel.__name__ in SPLITTING and name in SPLIT:
+                types[name] = f"*{self.dtype}"
             elif name in STORED:
                 narrow = self.dtype == "bf16" and not self.constants.get("EUCLIDEAN")
                 types[name] = "*fp16" if narrow else "*fp32"
@@ -98,6 +100,8 @@ FLAGS = {"flag_ptr", "run_ptr"}
 INDICES = {"count_ptr", "table_ptr", "exclude_ptr", "ceiling_ptr"}
 KEYS = {("neighbours_kernel", "out_ptr")}
 COUNTS = {("rank_counts_kernel", "out_ptr")}
+SPLITTING = {"double_statistics_kernel", "double_weights_kernel"}  # store weights as sums of embeddings' dtype
+SPLIT = {"u_ptr", "v_ptr", "toward_ptr", "g_ptr"}
 STORED = {"g_ptr", "h_ptr", "right_ptr"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -135,10 +139,9 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
     for ids in (False, True):
         work = Work.NARROW if ids else Work.FULL
         yield sigmoid.sigmoid_kernel, "ids" if ids else "", work, {"HAS_IDS": ids, "GRADIENT": True}
-    if dtype == "fp32":
-        yield double.double_statistics_kernel, "", Work.DOUBLE, {}
-        for ids in (False, True):
-            yield double.double_weights_kernel, "ids" if ids else "", Work.DOUBLE, {"HAS_IDS": ids}
+    yield double.double_statistics_kernel, "", Work.DOUBLE, {}
+    for ids in (False, True):
+        yield double.double_weights_kernel, "ids" if ids else "", Work.CROWDED, {"HAS_IDS": ids}
     yield retrieval.listed_scores_kernel, "", Work.FULL, {}
     yield retrieval.rank_counts_kernel, "", Work.FULL, {}
     for keep, bounded in ((16, False), (64, False), (64, True)):

@@ -15,13 +15,20 @@ but keeps it exact once a probability is near 1: there M - own is 0 to the bit a
 import torch
 from torch import Tensor
 
-from .chunked import COLUMNS, ROWS, Scratch, diagonal_part, product, spans, tile_diagonal
+from .chunked import COLUMNS, ROWS, Scratch, diagonal_part, product, row_blocks, spans, tile_diagonal
 from .chunked_contrastive import Weights
 
 
 def contrastive_own_direction(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: Tensor, w: Tensor) -> Tensor:
-    """M_ii of matching rows, (b,): x, y, u, v are the b pairs of these rows; gathered over ranks for the columns."""
-    return scale * ((u * y).sum(1) + (x * v).sum(1)) + w * (x * y).sum(1)
+    """M_ii of matching rows, (b,); x, y, u, v (b, D) are these rows' pairs, of any float dtype.
+
+    Gathered over ranks it is the columns'.
+    """
+    found = scale.new_empty(len(x))
+    for i in row_blocks(*x.shape):
+        xi, yi, ui, vi = (rows[i].to(scale.dtype) for rows in (x, y, u, v))
+        found[i] = scale * ((ui * yi).sum(1) + (xi * vi).sum(1)) + w * (xi * yi).sum(1)
+    return found
 
 
 def _sides(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,8 +108,8 @@ def double_backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of grad, image, text and scale, from the cotangents u, v, w of the three gradients."""
-    x, y, u, v = (t.to(scale.dtype) for t in (image, text, u, v))
-    triton = tile_operands(image, text, scale, impl)[2]
+    x, y, triton = tile_operands(image, text, scale, impl)
+    u, v = u.to(x.dtype), v.to(x.dtype)
     weights = _weights(statistics, pair_id, vectors=triton)
     passes = double_tiles
     if triton:

@@ -1,8 +1,11 @@
 """Gradient of the contrastive gradient in Triton: chunked_contrastive_double's two passes, same letters.
 
-Everything is float32: the gradient weights at the positives carry the result where the loss is nearly converged. A tile
-costs three products' worth of work (S over D features, A over 2 D); its exponentials use the vector references, which
-hold the one constant where that was sound. Sums of columns are written per row tile and added in fixed order.
+Either pass costs three products a tile (S over D features, A over 2 D), the second four more (eight of bfloat16
+operands): 20 N^2 D operations for float32 operands, 28 for bfloat16 ones, which tensor cores take as they are. Those
+products are exact before they are added up in float32, as the logits' own were in the forward pass. Gradient weights
+are stored as two bfloat16 numbers each, 16 bits of precision: their rows and columns add up to almost nothing, and near
+convergence the smallest of them carry the result. Exponentials use the vector references, which hold the one constant
+where that was sound. Sums of columns are written per row tile and added in fixed order.
 """
 
 import torch
@@ -12,7 +15,32 @@ from torch import Tensor
 
 from .chunked import spans
 from .chunked_contrastive import Weights
-from .triton_tiles import Config, Work, choose_config, product_tile, same_pair, store_weights
+from .triton_tiles import WIDEN, Config, Work, choose_config, same_pair
+
+
+@triton.jit
+def products(
+    x_ptr, y_ptr, u_ptr, v_ptr, first_row, first_column, row_end, column_end, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(x y^T, u y^T + x v^T) of one tile in float32, each operand read once; as triton_tiles.product_tile does."""
+    k = tl.arange(0, BLOCK_K)
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    rows = tl.cast(first_row, tl.int64) * D + (row[:, None] * D + k[None, :])
+    columns = tl.cast(first_column, tl.int64) * D + (column[None, :] * D + k[:, None])
+    row_mask, column_mask = (row < row_end - first_row)[:, None], (column < column_end - first_column)[None, :]
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        left, right = row_mask & (k < D - start)[None, :], column_mask & (k < D - start)[:, None]
+        x, u = tl.load(x_ptr + rows + start, left, 0.0), tl.load(u_ptr + rows + start, left, 0.0)
+        y, v = tl.load(y_ptr + columns + start, right, 0.0), tl.load(v_ptr + columns + start, right, 0.0)
+        if WIDEN:
+            x, y, u, v = x.to(tl.float32), y.to(tl.float32), u.to(tl.float32), v.to(tl.float32)
+        s = tl.dot(x, y, s, input_precision="ieee")
+        a = tl.dot(u, y, a, input_precision="ieee")
+        a = tl.dot(x, v, a, input_precision="ieee")
+    return s, a
 
 
 @triton.jit
@@ -30,9 +58,27 @@ def probabilities(
 
 
 @triton.jit
+def direction(s, a, scale, w, rows, columns, own_row, offset):
+    """M of one tile; own pairs have the bits that it is taken relative to, (BLOCK_M, 1)."""
+    own = (rows + offset)[:, None] == columns[None, :]
+    return tl.where(own, own_row, scale * a + w * s)
+
+
+@triton.jit
+def store_split(pointer, plane, place, value, mask):
+    """Store float32 values: as they are, or as the sum of two bfloat16 numbers, `plane` elements apart."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        high = value.to(tl.bfloat16)
+        tl.store(pointer + place, high, mask=mask)
+        tl.store(pointer + plane + place, (value - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(pointer + place, value, mask=mask)
+
+
+@triton.jit
 def double_statistics_kernel(
-    x_ptr, y_ptr, left_ptr, right_ptr, scale_ptr, w_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr,
-    column_inverse_ptr, own_row_ptr, own_column_ptr, row_out_ptr, column_out_ptr, row_start, b, n, D,
+    x_ptr, y_ptr, u_ptr, v_ptr, scale_ptr, w_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr,
+    column_inverse_ptr, own_row_ptr, own_column_ptr, row_out_ptr, column_out_ptr, row_start, b, n, D, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """rowsum(P_row o (M - own_row)) (splits, wave rows) and colsum(P_col o (M - own_col)) (row tiles, n)."""
@@ -44,9 +90,8 @@ def double_statistics_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        s = product_tile(x_ptr, y_ptr, first_row, first, b, n, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K)
-        a = product_tile(left_ptr, right_ptr, first_row, first, b, n, 2 * D, 2 * D, 2 * D, BLOCK_M, BLOCK_N, BLOCK_K)
-        m = scale * a + w * s
+        s, a = products(x_ptr, y_ptr, u_ptr, v_ptr, first_row, first, b, n, D, BLOCK_M, BLOCK_N, BLOCK_K)
+        m = direction(s, a, scale, w, rows, columns, own_row, offset)
         row, column = probabilities(
             scale * s, rows, columns, b, n, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr
         )
@@ -60,9 +105,10 @@ def double_statistics_kernel(
 
 @triton.jit
 def double_weights_kernel(
-    x_ptr, y_ptr, left_ptr, right_ptr, scale_ptr, w_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr,
-    column_inverse_ptr, row_shift_ptr, column_shift_ptr, row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr,
-    column_ids_ptr, toward_ptr, g_ptr, scalars_ptr, row_start, row_end, column_start, column_end, D, stride_g, offset,
+    x_ptr, y_ptr, u_ptr, v_ptr, scale_ptr, w_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr,
+    column_inverse_ptr, own_row_ptr, own_column_ptr, row_sum_ptr, column_sum_ptr, row_miss_ptr, column_miss_ptr,
+    count_ptr, row_ids_ptr, column_ids_ptr, toward_ptr, g_ptr, scalars_ptr, row_start, row_end, column_start,
+    column_end, D, stride_g, plane, offset,
     HAS_IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of scale Gb + w G and of scale G, and each row's <Gb, S> + <G, A> and <G, M>, a column tile each."""
@@ -70,22 +116,11 @@ def double_weights_kernel(
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     scale, w = tl.load(scale_ptr), tl.load(w_ptr)
-    s = product_tile(x_ptr, y_ptr, first_row, first_column, row_end, column_end, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K)
-    a = product_tile(
-        left_ptr,
-        right_ptr,
-        first_row,
-        first_column,
-        row_end,
-        column_end,
-        2 * D,
-        2 * D,
-        2 * D,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
+    s, a = products(
+        x_ptr, y_ptr, u_ptr, v_ptr, first_row, first_column, row_end, column_end, D, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    m = scale * a + w * s
+    own_row = tl.load(own_row_ptr + rows, mask=row_ok, other=0.0)[:, None]
+    m = direction(s, a, scale, w, rows, columns, own_row, offset)
     row, column = probabilities(
         scale * s, rows, columns, row_end, column_end, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr
     )
@@ -98,38 +133,36 @@ def double_weights_kernel(
         g = tl.where(positive, tl.where(count == 1.0, -miss, row + column - 2.0 / count), row + column)
     else:
         g = tl.where(positive, -miss, row + column)
-    row_shift = tl.load(row_shift_ptr + rows, mask=row_ok, other=0.0)[:, None]
-    column_shift = tl.load(column_shift_ptr + columns, mask=column_ok, other=0.0)[None, :]
-    gb = row * (m - row_shift) + column * (m - column_shift)
-    store_weights(toward_ptr, scale * gb + w * g, rows - row_start, columns - column_start, stride_g, inside)
-    store_weights(g_ptr, scale * g, rows - row_start, columns - column_start, stride_g, inside)
+    own_column = tl.load(own_column_ptr + columns, mask=column_ok, other=0.0)[None, :]
+    row_sum = tl.load(row_sum_ptr + rows, mask=row_ok, other=0.0)[:, None]
+    column_sum = tl.load(column_sum_ptr + columns, mask=column_ok, other=0.0)[None, :]
+    # sums may be far under the rounding of own: taken off one after the other, they are left where M is own
+    gb = row * (m - own_row - row_sum) + column * (m - own_column - column_sum)
+    place = (rows - row_start)[:, None] * stride_g + (columns - column_start)[None, :]
+    store_split(toward_ptr, plane, place, scale * gb + w * g, inside)
+    store_split(g_ptr, plane, place, scale * g, inside)
     height = row_end - row_start
     out = scalars_ptr + tl.program_id(1).to(tl.int64) * height + rows - row_start
     tl.store(out, tl.sum(gb * s + g * a, 1), mask=row_ok)
     tl.store(out + tl.num_programs(1).to(tl.int64) * height, tl.sum(g * m, 1), mask=row_ok)
 
 
-def _sides(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat([u, x], 1), torch.cat([y, v], 1)
-
-
 def contrastive_double_statistics(
     x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: Tensor, w: Tensor, weights: Weights, own: tuple[Tensor, Tensor],
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As in chunked_contrastive_double, for float32 tensors and vector references; columns partial."""
+    """As in chunked_contrastive_double, for vector references; x, y, u, v all bfloat16 or all float32."""
     config = config or choose_config(x, Work.DOUBLE)
-    x, y = x.contiguous(), y.contiguous()
-    left, right = _sides(x, y, u, v)
+    x, y, u, v = (rows.contiguous() for rows in (x, y, u, v))
     b, n = len(x), len(y)
-    rows, cols = x.new_zeros(b), x.new_zeros(n)
+    rows, cols = scale.new_zeros(b), scale.new_zeros(n)
     for i in spans(0, b, config.wave_rows):
         tiles = triton.cdiv(i[1] - i[0], config.block_m)
         splits = min(config.splits, triton.cdiv(n, config.block_n))
-        row_out, column_out = x.new_zeros(splits, tiles * config.block_m), x.new_zeros(tiles, n)
+        row_out, column_out = scale.new_zeros(splits, tiles * config.block_m), scale.new_zeros(tiles, n)
         double_statistics_kernel[tiles, splits](
-            x, y, left, right, scale, w, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
-            own[0], own[1], row_out, column_out, i[0], b, n, x.shape[1], **config.launch(),
+            x, y, u, v, scale, w, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
+            own[0], own[1], row_out, column_out, i[0], b, n, x.shape[1], weights.positives.offset, **config.launch(),
         )  # fmt: skip
         rows[slice(*i)] = row_out.sum(0)[: i[1] - i[0]]
         cols += column_out.sum(0)
@@ -140,27 +173,37 @@ def contrastive_double_gradients(
     x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: Tensor, w: Tensor, weights: Weights, own: tuple[Tensor, Tensor],
     sums: tuple[Tensor, Tensor], config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As in chunked_contrastive_double, for float32 tensors and vector references."""
-    config = config or choose_config(x, Work.DOUBLE)
-    x, y, positives = x.contiguous(), y.contiguous(), weights.positives
-    left, right = _sides(x, y, u, v)
-    xb, yb, scalars = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(2, dtype=torch.float64)
-    row_shift, column_shift = own[0] + sums[0], own[1] + sums[1]
+    """As in chunked_contrastive_double, in float32, for vector references; x, y, u, v all bfloat16 or all float32."""
+    config = config or choose_config(x, Work.CROWDED)
+    x, y, u, v = (rows.contiguous() for rows in (x, y, u, v))
+    positives = weights.positives
+    xb, yb = (torch.zeros_like(side, dtype=scale.dtype) for side in (x, y))
+    scalars = scale.new_zeros(2, dtype=torch.float64)
     height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
-    blocks = x.new_empty(2, height, width)
+    planes = 1 if x.dtype == torch.float32 else 2
+    blocks = x.new_empty(2, planes, height, width)
     for i in spans(0, len(x), height):
         for j in spans(0, len(y), width):
-            toward, g = blocks[:, : i[1] - i[0], : j[1] - j[0]]
-            grid = triton.cdiv(g.shape[0], config.block_m), triton.cdiv(g.shape[1], config.block_n)
-            part = x.new_empty(2, grid[1], g.shape[0])
+            toward, g = blocks[:, :, : i[1] - i[0], : j[1] - j[0]]
+            grid = triton.cdiv(i[1] - i[0], config.block_m), triton.cdiv(j[1] - j[0], config.block_n)
+            part = scale.new_empty(2, grid[1], i[1] - i[0])
             double_weights_kernel[grid](
-                x, y, left, right, scale, w, weights.row_ref, weights.col_ref, weights.row_inverse,
-                weights.col_inverse, row_shift, column_shift, weights.row_miss, weights.col_miss,
-                positives.row_count, positives.row_ids, positives.col_ids, toward, g, part, i[0], i[1], j[0], j[1],
-                x.shape[1], width, positives.offset, HAS_IDS=positives.row_ids is not None, **config.launch(),
+                x, y, u, v, scale, w, weights.row_ref, weights.col_ref, weights.row_inverse,
+                weights.col_inverse, *own, *sums, weights.row_miss, weights.col_miss, positives.row_count,
+                positives.row_ids, positives.col_ids, toward, g, part, i[0], i[1], j[0], j[1], x.shape[1], width,
+                height * width, positives.offset, HAS_IDS=positives.row_ids is not None, **config.launch(),
             )  # fmt: skip
             scalars += part.sum((1, 2), dtype=torch.float64)
-            xb[slice(*i)].addmm_(toward, y[slice(*j)]).addmm_(g, v[slice(*j)])
-            yb[slice(*j)].addmm_(toward.T, x[slice(*i)]).addmm_(g.T, u[slice(*i)])
-    scale_bar, along = scalars.to(x.dtype)
+            xb[slice(*i)] += _product(toward, y[slice(*j)]).add_(_product(g, v[slice(*j)]))
+            yb[slice(*j)] += _product(toward.mT, x[slice(*i)]).add_(_product(g.mT, u[slice(*i)]))
+    scale_bar, along = scalars.to(scale.dtype)
     return xb, yb, scale_bar, along
+
+
+def _product(planes: Tensor, right: Tensor) -> Tensor:
+    """The sum of `planes` (P, m, n) times `right` (n, D), in float32."""
+    if planes.dtype == torch.float32:
+        return planes[0] @ right
+    if planes.device.type == "cpu":
+        return planes.float().sum(0) @ right.float()
+    return sum(torch.mm(plane, right, out_dtype=torch.float32) for plane in planes)

@@ -49,7 +49,7 @@ class Work(Enum):
     FULL = "weights to store or counts"
     NARROW = "ids, or weights from a reference a row"
     DOUBLE = "two products at once, or lists of neighbours"
-    CROWDED = "two products and several teachers, a reference a row or the teacher's gradient"
+    CROWDED = "two products and several teachers, a reference a row, the teacher's gradient or second order"
 
 
 # What each compiles to: benchmarks/results/compile_table.md.

@@ -56,6 +56,52 @@ def test_contrastive_second_order():
             assert k.relative(value, exact) <= max(2 * k.relative(yardstick, exact), 5e-6)
 
 
+def test_contrastive_second_order_of_saturated_pairs_is_not_rounding():
+    case = k.contrastive_case(*(v.float().double() for v in k.embeddings("converged", 65, 16)), 60.0)
+    truth, dense = (second_order(case, "reference", dtype) for dtype in (torch.float64, torch.float32))
+    for exact, yardstick, value in zip(truth, dense, second_order(case, "triton", torch.float32), strict=True):
+        assert k.relative(yardstick, exact) > 0.1
+        assert k.relative(value, exact) < 2e-5
+
+
+@pytest.mark.parametrize("regime", ["random", "cone", "converged"])
+@pytest.mark.parametrize("ids", [False, True])
+def test_contrastive_second_order_of_bfloat16(regime, ids):
+    """As a loss, rounded to bfloat16; and before that, where only the stored weights are rounded, to 16 bits."""
+    n, d, scale = 130, 40, torch.tensor(14.25, device=DEVICE)
+    pair_id = torch.arange(n, device=DEVICE) // 3 if ids else None
+    x, y = (v.bfloat16().double() for v in k.embeddings(regime, n, d))
+    case = k.contrastive_case(x, y, 14.25, None if pair_id is None else pair_id.cpu())
+    truth = second_order(case, "reference", torch.float64)
+    dense = second_order(case, "reference", torch.bfloat16)
+    for exact, yardstick, value in zip(truth, dense, second_order(case, "triton", torch.bfloat16), strict=True):
+        assert k.relative(value, exact) <= max(2 * k.relative(yardstick, exact), 1e-3)
+
+    from vlscale.kernels import triton_contrastive, triton_contrastive_double
+
+    generator = torch.Generator().manual_seed(3)
+    operands = [x, y, *torch.randn(2, n, d, generator=generator, dtype=torch.float64).bfloat16().double()]
+    w, positives = torch.tensor(0.5, device=DEVICE), p.Positives(pair_id, pair_id, 0)
+
+    def passes(module, operands, scale, w):
+        x, y = operands[:2]
+        if module is p:
+            row_ref = col_ref = p.fixed_reference(p.contrastive_bound(x, y, scale), scale.dtype)
+            rows, cols = p.contrastive_statistics(x, y, scale, row_ref, col_ref, positives)
+        else:
+            row_ref, col_ref, rows, cols, _ = triton_contrastive.contrastive_references(x, y, scale, positives)
+        weights = p.Weights(row_ref.expand(n).contiguous(), col_ref.expand(n).contiguous(), rows, cols, positives)
+        own = p.contrastive_own_direction(*operands, scale, w)
+        sums = module.contrastive_double_statistics(*operands, scale, w, weights, (own, own))
+        return *sums, *module.contrastive_double_gradients(*operands, scale, w, weights, (own, own), sums)
+
+    exact = passes(p, [rows.to(DEVICE) for rows in operands], scale.double(), w.double())
+    got = passes(triton_contrastive_double, [rows.bfloat16().to(DEVICE) for rows in operands], scale, w)
+    assert all(value.dtype == torch.float32 for value in got)
+    for truth, value in zip(exact, got, strict=True):
+        assert k.relative(value.cpu().double(), truth.cpu()) < 3e-5
+
+
 def test_contrastive_single_pair_and_repeatability():
     x, y = (v.float() for v in k.embeddings("random", 260, 16))
     case = k.contrastive_case(x, y, 14.3)

@@ -18,11 +18,13 @@ BESIDE = 1.5e9
 
 @pytest.fixture
 def on_paper(monkeypatch):
-    from vlscale.kernels import triton_contrastive, triton_contrastive_fused
+    from vlscale.kernels import triton_contrastive, triton_contrastive_double, triton_contrastive_fused
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for name in ("maxima_kernel", "statistics_kernel", "weights_kernel"):
         monkeypatch.setattr(triton_contrastive, name, NoKernel())
+    for name in ("double_statistics_kernel", "double_weights_kernel"):
+        monkeypatch.setattr(triton_contrastive_double, name, NoKernel())
     monkeypatch.setattr(triton_contrastive_fused, "fused_gradient_kernel", NoKernel())
 
 
@@ -60,6 +62,25 @@ def test_extra_memory_at_a_million_pairs(on_paper, width, dtype, ids, want, floa
     assert forward <= BESIDE
     assert backward <= of_results + BESIDE + float32_sums * N * width * 2
     assert backward > of_results + BESIDE / 5  # blocks of weights were counted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_extra_memory_of_the_second_order(on_paper, dtype):
+    """Both results are summed in float32; blocks of weights are 8 bytes a pair, two numbers of 4 or four of 2."""
+    from vlscale.kernels import contrastive
+
+    width = 512
+    x, y, u, v = torch.empty(4, N, width, dtype=dtype, device="meta").unbind()
+    scale, grad, w = torch.empty(3, device="meta").unbind()
+    statistics = torch.empty(contrastive.STATISTICS, N, device="meta")
+    given = u, v, w, grad, x, y, scale, None, statistics
+    with LiveBytes(x, scale, statistics) as memory:
+        found = body(contrastive.double_backward_op)(*given, "triton")
+    of_results = 2 * N * width * dtype.itemsize
+    assert of_results <= memory.live < of_results + 100
+    sums = 2 * N * width * 4
+    assert sums + BESIDE <= memory.peak <= sums + (of_results // 2 if dtype == torch.bfloat16 else 0) + 2 * BESIDE
+    assert all(value.dtype == dtype for value in found[1:3])
 
 
 def test_what_is_counted():

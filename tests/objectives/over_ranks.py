@@ -297,6 +297,23 @@ def half_precision(ranks: Ranks) -> dict[str, torch.Tensor]:
     return {"image": x.grad / ranks.size, "text": y.grad / ranks.size}
 
 
+def second_order(ranks: Ranks, impl: str, dtype: torch.dtype, ids: bool) -> list[torch.Tensor]:
+    """Derivatives of the contrastive gradient along a direction, by this rank's rows and the scale; inputs and
+    direction are bfloat16 numbers in `dtype`."""
+    inputs, pair_id = own_inputs(ranks)
+    leaves = [F.normalize(rows, dim=1).bfloat16().to(dtype).requires_grad_() for rows in inputs]
+    leaves.append(torch.tensor(14.25, device=ranks.device, dtype=torch.promote_types(dtype, torch.float32)))
+    leaves[2].requires_grad_()
+    loss = sharded_contrastive_loss(*leaves, pair_id=pair_id if ids else None, ranks=ranks, impl=impl)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    along = sum((g * value.detach().bfloat16().to(g)).sum() for g, value in zip(grads, leaves, strict=True))
+    along = along + sum((g * rows.bfloat16().to(g)).sum() for g, rows in zip(grads, inputs, strict=False))
+    return [g.double() for g in torch.autograd.grad(along, leaves)]
+
+
+SECOND = [(dtype, ids) for dtype in (torch.float32, torch.bfloat16) for ids in (False, True)]
+
+
 def on_rank(ranks: Ranks) -> dict[str, object]:
     found = {
         "meta": [meta_gradient(*pair, ranks) for pair in META],
@@ -311,4 +328,8 @@ def on_rank(ranks: Ranks) -> dict[str, object]:
         found |= {"costs": costs(ranks), "matching": costs_of_matching(ranks), "half": half_precision(ranks)}
     if ranks.size == 2 and "triton" in available_impls(ranks.device):
         found |= {"triton": {str(case): gradient(case, ranks) for case in TRITON}}
+        found["second"] = [
+            [second_order(ranks, "triton", dtype, ids), second_order(ranks, "chunked", torch.float64, ids)]
+            for dtype, ids in SECOND
+        ]
     return found

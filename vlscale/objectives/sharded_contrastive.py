@@ -19,7 +19,7 @@ from vlscale.distributed import COMMS, Agreement, Blocks, Gather, Ranks, all_gat
 from vlscale.kernels import contrastive_loss
 from vlscale.kernels import primitives as p
 from vlscale.kernels.checks import as_scalar, check_choice, compute_dtype
-from vlscale.kernels.chunked import full_precision
+from vlscale.kernels.chunked import full_precision, tile_operands
 from vlscale.objectives.pair_tiles import Ids, Statistics, Tiles, check_pairs, describe_pairs
 from vlscale.objectives.sharded import make_blocks
 
@@ -213,7 +213,8 @@ def _double_gradients(
     each their rank's.
     """
     ranks, tiles = problem.ranks, problem.tiles(image, scale)
-    x, y, u, v = (rows.to(scale.dtype).contiguous() for rows in (image, text, u, v))
+    x, y, _ = tile_operands(image, text, scale, problem.impl)
+    u, v = (cotangent.to(x.dtype).contiguous() for cotangent in (u, v))
     own = p.contrastive_own_direction(x, y, u, v, scale, w)
     passes = p
     if tiles.triton:
@@ -223,7 +224,7 @@ def _double_gradients(
     def visit(block):
         everyone_v, own_all = block.riding[:2]
         weights = tiles.weights(replace(block, riding=block.riding[2:]), statistics)
-        arguments = x, block.held[0].to(scale.dtype), u, everyone_v, scale, w, weights, (own, own_all)
+        arguments = x, block.held[0].to(x.dtype), u, everyone_v, scale, w, weights, (own, own_all)
         row_sums, col_sums = passes.contrastive_double_statistics(*arguments)
         col_sums = all_reduce(col_sums, ranks)
         xb, yb, *rest = passes.contrastive_double_gradients(*arguments, (row_sums, col_sums))
