@@ -147,6 +147,17 @@ def test_a_teacher_that_changed_on_disk_is_refused(capsys, whole, tiny_config, t
     assert line.endswith(f"start a new run in another folder, or delete {out}/teachers.json to go on with this one")
 
 
+def test_a_checkpoint_that_came_alone_tells_its_teachers(capsys, whole, tiny_config, teacher, tmp_path):
+    """As `train.checkpoint_remote` brings one to another machine, where the run's folder was not."""
+    out = tmp_path / "run"
+    shutil.copytree(whole / "checkpoints" / "step-2", out / "checkpoints" / "step-2")
+    with scaled(teacher, CHANGES["text"]):
+        line = refused(capsys, tiny_config, out, *hf(teacher))
+    assert "the text teacher changed" in line and line.endswith("or start a new run in another folder")
+    train(tiny_config, out, *hf(teacher))
+    assert model(out) == model(whole) and stamp(out) == stamp(whole)
+
+
 def test_changed_preprocessing_is_a_changed_teacher(capsys, whole, tiny_config, teacher, tmp_path):
     out, other = interrupted(whole, tmp_path / "run", after=2), Path(shutil.copytree(teacher, tmp_path / "other"))
     settings = other / "processor_config.json"

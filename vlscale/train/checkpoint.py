@@ -87,7 +87,8 @@ class _Saving:
 
 
 class Checkpoints:
-    """Those of one run. Every method is called by all ranks together; `remote` is rank 0's."""
+    """Those of one run. Every method is called by all ranks together; `remote` is rank 0's, and so are `facts`, what
+    else each manifest says."""
 
     def __init__(
         self,
@@ -97,9 +98,10 @@ class Checkpoints:
         ranks: Ranks,
         train: TrainConfig,
         remote: Remote | None = None,
+        facts: dict[str, Any] | None = None,
     ):
         self.root, self.layout, self.engine, self.ranks, self.train = root, layout, engine, ranks, train
-        self._remote = remote
+        self._remote, self._facts = remote, facts or {}
         self._buffers = HostBuffers() if train.checkpoint_async else None
         self._saving: _Saving | None = None
         self._size = 0  # of the last one known, on disk
@@ -199,7 +201,7 @@ class Checkpoints:
 
     def _commit(self, step: int, sums: Sums) -> int:
         """In rank 0's thread. Returns the checkpoint's size."""
-        about = {"step": step, "layout": vars(self.layout)}
+        about = {"step": step, "layout": vars(self.layout), **self._facts}
         commit(partial_of(self.root, step), self.root / f"step-{step}", about, sums)
         remove_all_but(self.root, self.train.keep_checkpoints, self._remote and self._remote.sending)
         return sum(size for size, _ in sums.values())

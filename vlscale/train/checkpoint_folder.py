@@ -12,6 +12,7 @@ from typing import Any
 from vlscale.logging import get_logger
 from vlscale.train.checkpoint_files import Sums, sha256, sync
 
+CHECKPOINTS = "checkpoints"  # folder in a run
 MANIFEST = "manifest.json"
 FORMAT = 1
 

@@ -1,6 +1,7 @@
 """A teacher with the preprocessing that is its own, and the hashes that say which of both it is.
 
-A run keeps the hashes of its teachers, its stamp, and goes on with no others.
+A run keeps the hashes of its teachers, its stamp, and goes on with no others. Each of its checkpoints tells them too, for
+one that is continued where only its copies are.
 
 Legend: S side of a teacher's pictures, B pictures, T captions, D width of a teacher's embeddings.
 """
@@ -25,6 +26,7 @@ from vlscale.models.hf_folder import load_image_processor, load_tokenizer
 from vlscale.models.teachers import Teacher, Teachers, load_teacher
 from vlscale.models.towers import check_room
 from vlscale.sections import TeacherConfig
+from vlscale.train.checkpoint_folder import CHECKPOINTS, by_step, read_manifest
 
 TEACHERS = "teachers.json"  # file in a run: its stamp
 Stamp = dict[str, TeacherFacts]  # of image and text
@@ -120,28 +122,35 @@ def check_same_teachers(stamp: Stamp, config: TeacherConfig, folder: Path) -> No
         differs = difference(given, kept)
         if differs is not None:
             part, got, expected = differs
+            delete = f", or delete {folder / TEACHERS} to go on with this one" if (folder / TEACHERS).exists() else ""
             raise ValueError(
                 f"cannot resume: teacher.source={config.source}: the {name} teacher changed, {folder} began with "
                 f"{kept.source} ({part} hash {expected}), this run has {given.source} ({part} hash {got}); "
-                f"{_PUT_BACK[config.source]}, start a new run in another folder, or delete {folder / TEACHERS} to go "
-                "on with this one"
+                f"{_PUT_BACK[config.source]}, or start a new run in another folder{delete}"
             )
 
 
 def _kept_stamp(folder: Path) -> Stamp | None:
-    """None where there is no run yet, or what it says of its teachers was lost with the power."""
-    if not (folder / "config.yaml").is_file():
-        return None
+    """Of a run in `folder`, or of a checkpoint that came to a folder without one. None where there is neither, or what the
+    run says of its teachers was lost with the power."""
     try:
-        told = json.loads((folder / TEACHERS).read_text())
+        if (folder / "config.yaml").is_file():
+            told = json.loads((folder / TEACHERS).read_text())
+        else:
+            told = next((read_manifest(step)["teachers"] for step in by_step(folder / CHECKPOINTS)), {})
         return {name: TeacherFacts(**told[name]) for name in ("image", "text")}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
+def stamp_facts(stamp: Stamp) -> dict[str, Any]:
+    """What a checkpoint's manifest tells."""
+    return {name: asdict(facts) for name, facts in stamp.items()}
+
+
 def stamp_text(stamp: Stamp) -> str:
     """What `teachers.json` holds."""
-    return json.dumps({name: asdict(facts) for name, facts in stamp.items()}, indent=1) + "\n"
+    return json.dumps(stamp_facts(stamp), indent=1) + "\n"
 
 
 def _width(named: str, probe: Callable[[], torch.Tensor]) -> int:

@@ -20,10 +20,12 @@ from vlscale.sections import Config
 from vlscale.train.bad_numbers import BadSteps, StoppedByBadNumbers
 from vlscale.train.best import Best
 from vlscale.train.checkpoint import Checkpoints, Layout, Restored
+from vlscale.train.checkpoint_folder import CHECKPOINTS
 from vlscale.train.checkpoint_remote import Remote, open_remote
 from vlscale.train.diagnostics import Diagnostics
 from vlscale.train.disk_faults import CannotWrite, check_writable, optional, stop, written_by_first
 from vlscale.train.engine import Engine
+from vlscale.train.frozen_teachers import stamp_facts
 from vlscale.train.key_hash import batch_facts
 from vlscale.train.metrics_file import MetricsFile
 from vlscale.train.monitors import Monitors, check_monitors
@@ -44,7 +46,6 @@ from vlscale.train.trainer import Trainer
 from vlscale.train.validate import Validation
 from vlscale.train.watchdog import Watchdog
 
-CHECKPOINTS = "checkpoints"  # folder in a run
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     parts = build_parts(config, folder, ranks)
     engine = Engine(parts.model, config, ranks)
     layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, layout, engine, ranks, config.train, remote)
+    facts = parts.stamp and {"teachers": stamp_facts(parts.stamp)}
+    checkpoints = Checkpoints(folder / CHECKPOINTS, layout, engine, ranks, config.train, remote, facts)
     try:
         restored = checkpoints.load(before)
         stream = build_stream(config, parts, ranks, restored and restored.stream_state)
