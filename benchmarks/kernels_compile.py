@@ -75,7 +75,7 @@ class Build:
             elif self.kernel.__name__ in SPLITTING and name in SPLIT:
                 types[name] = f"*{self.dtype}"
             elif name in STORED:
-                narrow = self.dtype == "bf16" and not self.constants.get("EUCLIDEAN")
+                narrow = self.dtype != "fp32" and not self.constants.get("EUCLIDEAN")
                 types[name] = "*fp16" if narrow else "*fp32"
             else:
                 types[name] = f"*{self.dtype}" if name in EMBEDDINGS else "*fp32"
@@ -103,7 +103,7 @@ COUNTS = {("rank_counts_kernel", "out_ptr")}
 SPLITTING = {"double_statistics_kernel", "double_weights_kernel"}  # store weights as sums of embeddings' dtype
 SPLIT = {"u_ptr", "v_ptr", "toward_ptr", "g_ptr"}
 STORED = {"g_ptr", "h_ptr", "right_ptr"}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 NO_NORMS = dict.fromkeys(("x_norms_ptr", "xc_norms_ptr", "z_norms_ptr", "zc_norms_ptr"))
@@ -111,18 +111,19 @@ NO_NORMS = dict.fromkeys(("x_norms_ptr", "xc_norms_ptr", "z_norms_ptr", "zc_norm
 
 def builds(archs: list[int]) -> Iterator[Build]:
     for arch in archs:
-        for dtype in ("bf16", "fp32"):
+        for dtype in DTYPES:
             for kernel, variant, work, constants in kernels(dtype):
                 yield Build(kernel, variant, dtype, arch, config_for(DTYPES[dtype], arch // 10, work), constants)
-        yield from fused_builds(arch)
+        for dtype in ("bf16", "fp16"):
+            yield from fused_builds(arch, dtype)
 
 
-def fused_builds(arch: int) -> Iterator[Build]:
-    """The fused gradient, by the features that its tiles hold; bfloat16 only."""
+def fused_builds(arch: int, dtype: str) -> Iterator[Build]:
+    """The fused gradient, by the features that its tiles hold."""
     for features, config in FUSED[arch // 10].items():
         for shared in (True, False):
             variant = f"{features} features, " + ("shared" if shared else "vectors")
-            yield Build(fused.fused_gradient_kernel, variant, "bf16", arch, config, {"SHARED": shared})
+            yield Build(fused.fused_gradient_kernel, variant, dtype, arch, config, {"SHARED": shared})
 
 
 def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
@@ -139,9 +140,10 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
     for ids in (False, True):
         work = Work.NARROW if ids else Work.FULL
         yield sigmoid.sigmoid_kernel, "ids" if ids else "", work, {"HAS_IDS": ids, "GRADIENT": True}
-    yield double.double_statistics_kernel, "", Work.DOUBLE, {}
-    for ids in (False, True):
-        yield double.double_weights_kernel, "ids" if ids else "", Work.CROWDED, {"HAS_IDS": ids}
+    if dtype != "fp16":
+        yield double.double_statistics_kernel, "", Work.DOUBLE, {}
+        for ids in (False, True):
+            yield double.double_weights_kernel, "ids" if ids else "", Work.CROWDED, {"HAS_IDS": ids}
     yield retrieval.listed_scores_kernel, "", Work.FULL, {}
     yield retrieval.rank_counts_kernel, "", Work.FULL, {}
     for keep, bounded in ((16, False), (64, False), (64, True)):

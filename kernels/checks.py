@@ -99,6 +99,16 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def as_autocast(impl: str, *embeddings: Tensor) -> tuple[Tensor, ...]:
+    """What `impl` multiplies: inside autocast `triton` takes float32 embeddings in autocast's dtype, as a dense loss's
+    products would; the other impls have nothing to win by it."""
+    device = embeddings[0].device.type
+    if impl != "triton" or not torch.is_autocast_enabled(device):
+        return embeddings
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(rows.to(dtype) if rows.dtype == torch.float32 else rows for rows in embeddings)
+
+
 def as_scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype, *, positive: bool) -> Tensor:
     """A 0-d tensor of `dtype` on `like`'s device; tensors keep their graph and are never read."""
     if isinstance(value, Tensor):

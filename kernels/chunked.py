@@ -15,6 +15,7 @@ from torch import Tensor
 ROWS, COLUMNS = 512, 2048  # a 4 MB tile in float32
 SUM_BITS = {torch.float32: 102, torch.float64: 970}  # a sum under N 2^-bits may have lost terms to underflow
 REACH = {torch.float32: 70.0, torch.float64: 600.0}  # exp(reach) times 2^20 terms stays finite
+HALF = torch.bfloat16, torch.float16  # what tensor cores multiply exactly, adding up in float32
 WIDENED = 1 << 23  # elements of embeddings that are copied to the compute dtype at once, 32 MB in float32
 
 
@@ -81,12 +82,12 @@ def same_id_count(row_ids: Tensor, column_ids: Tensor) -> Tensor:
 
 
 def tile_operands(image: Tensor, text: Tensor, scale: Tensor, impl: str) -> tuple[Tensor, Tensor, bool]:
-    """(x, y, whether Triton takes them): bfloat16 as it is, half in float32 (its range ends before 1/N does).
+    """(x, y, whether Triton takes them, which has bfloat16 and float16 as they are; the rest in the compute dtype).
 
     float64 has no tensor cores to win anything on, and is computed by the chunked tiles whatever the impl.
     """
     triton = impl == "triton" and scale.dtype == torch.float32
-    if triton and image.dtype == torch.bfloat16:
+    if triton and image.dtype in HALF:
         return image.contiguous(), text.contiguous(), True
     return image.to(scale.dtype).contiguous(), text.to(scale.dtype).contiguous(), triton
 

@@ -19,6 +19,12 @@ from .chunked import COLUMNS, ROWS, Scratch, diagonal_part, product, row_blocks,
 from .chunked_contrastive import Weights
 
 
+def contrastive_double_operands(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """x, y, u and v in x's dtype; float16 in float32, since cotangents make weights of any size."""
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return tuple(rows.to(dtype).contiguous() for rows in (x, *others))
+
+
 def contrastive_own_direction(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: Tensor, w: Tensor) -> Tensor:
     """M_ii of matching rows, (b,); x, y, u, v (b, D) are these rows' pairs, of any float dtype.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import chunked_contrastive as tiles
 from . import chunked_contrastive_double as double_tiles
 from . import reference
-from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
+from .checks import as_autocast, as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
 from .chunked import full_precision, tile_operands
 
 STATISTICS = 8  # row_ref, col_ref, then pos, off, target of the rows and of the columns
@@ -109,7 +109,7 @@ def double_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of grad, image, text and scale, from the cotangents u, v, w of the three gradients."""
     x, y, triton = tile_operands(image, text, scale, impl)
-    u, v = u.to(x.dtype), v.to(x.dtype)
+    x, y, u, v = double_tiles.contrastive_double_operands(x, y, u, v)
     weights = _weights(statistics, pair_id, vectors=triton)
     passes = double_tiles
     if triton:
@@ -170,9 +170,10 @@ def contrastive_loss(
 ) -> Tensor:
     """Mean of the image-to-text and text-to-image cross-entropies over all pairs, 0-d.
 
-    image_emb, text_emb (N, D), used as given; logit_scale multiplies the products (1 / temperature); pair_id (N,) int64
-    makes equal ids positives of each other. Differentiable twice in every float argument, in O(N) memory (`reference`:
-    O(N^2)). A single pair, or a batch whose ids are all equal at equal embeddings, has its exact minimum.
+    image_emb, text_emb (N, D), used as given (inside autocast on a GPU in its dtype); logit_scale multiplies the
+    products (1 / temperature); pair_id (N,) int64 makes equal ids positives of each other. Differentiable twice in
+    every float argument, in O(N) memory (`reference`: O(N^2)). A single pair, or a batch whose ids are all equal at
+    equal embeddings, has its exact minimum.
     """
     check_embeddings("image_emb", image_emb)
     check_embeddings("text_emb", text_emb)
@@ -184,4 +185,4 @@ def contrastive_loss(
     if impl == "reference":
         with torch.autocast(device_type=image_emb.device.type, enabled=False):
             return reference.contrastive_loss(image_emb.to(dtype), text_emb.to(dtype), scale, pair_id)
-    return forward_op(image_emb, text_emb, scale, pair_id, impl)[0]
+    return forward_op(*as_autocast(impl, image_emb, text_emb), scale, pair_id, impl)[0]

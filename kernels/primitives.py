@@ -46,8 +46,8 @@ Relations, rows x (b, F) of X (N, F): Relation(x, X, weights, widths, kind) for 
 These are the PyTorch forms, for any device. triton_contrastive.contrastive_statistics and contrastive_gradients and
 triton_sigmoid.sigmoid_sweep take the same rectangles and offsets (with a device flag in place of the host's answer to
 sums_are_sound), and so do triton_relation_kl's relation_maxima, relation_kl_statistics and relation_kl_gradients, with
-triton_relation.Operand.of(rows, columns, weights, widths, kind) in place of a Relation (embeddings bfloat16 as they are
-or float32) and the same sweeps, references, coefficients and finish(). triton_relation_match.relation_mae_sweep takes
+triton_relation.Operand.of(rows, columns, weights, widths, kind) in place of a Relation (16 bits as they are, else
+float32) and the same sweeps, references, coefficients and finish(). triton_relation_match.relation_mae_sweep takes
 the two sides apart, the teacher with its weights negated.
 """
 
@@ -63,6 +63,7 @@ from .chunked_contrastive import (
 )
 from .chunked_contrastive_double import (
     contrastive_double_gradients,
+    contrastive_double_operands,
     contrastive_double_statistics,
     contrastive_own_direction,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "Weights",
     "contrastive_bound",
     "contrastive_double_gradients",
+    "contrastive_double_operands",
     "contrastive_double_statistics",
     "contrastive_gradients",
     "contrastive_maxima",

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import chunked_relation_kl as tiles
 from . import reference
 from .checks import (
+    as_autocast,
     as_scalar,
     as_teachers,
     as_weights,
@@ -217,6 +218,7 @@ def relation_kl_loss(
             teachers = [t.to(dtype) for t in teachers]
             return reference.relation_kl_loss(student_emb.to(dtype), student_weight, teachers, weights, scope, relation)
     widths = [t.shape[1] for t in teachers]
+    student_emb, *teachers = as_autocast(impl, student_emb, *teachers)
     teacher = join_teachers(teachers, dtype)
     return forward_op(
         student_emb, student_weight.reshape(1), teacher, weights, widths, relation, scope == "matrix", impl

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import chunked_relation_match as tiles
 from . import reference
 from .checks import (
+    as_autocast,
     as_scalar,
     as_teachers,
     as_weights,
@@ -174,6 +175,8 @@ def relation_match_loss(
         with torch.autocast(device_type=student_emb.device.type, enabled=False):
             embs = [student_emb, *teachers]
             return _mse(embs, torch.cat([student_weight, -weights]), [student_emb.shape[1], *widths])
+    if metric == "mae":
+        student_emb, *teachers = as_autocast(impl, student_emb, *teachers)
     teacher = join_teachers(teachers, dtype)
     recording = torch.is_grad_enabled()
     want_student = recording and (student_emb.requires_grad or student_weight.requires_grad)

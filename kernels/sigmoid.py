@@ -14,7 +14,7 @@ from torch import Tensor
 from . import chunked_sigmoid as tiles
 from . import chunked_sigmoid_double as double_tiles
 from . import reference
-from .checks import as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
+from .checks import as_autocast, as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
 from .chunked import full_precision, tile_operands
 from .chunked_contrastive import Positives
 
@@ -171,5 +171,6 @@ def sigmoid_loss(
     if impl == "reference":
         with torch.autocast(device_type=image_emb.device.type, enabled=False):
             return reference.sigmoid_loss(image_emb.to(dtype), text_emb.to(dtype), scale, bias, pair_id)
+    image_emb, text_emb = as_autocast(impl, image_emb, text_emb)
     want = [t.requires_grad and torch.is_grad_enabled() for t in (image_emb, text_emb, scale, bias)]
     return forward_op(image_emb, text_emb, scale, bias, pair_id, want, impl)[0]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import row_blocks, spans
+from .chunked import HALF, row_blocks, spans
 from .chunked_relation import Sweep, Tile
 from .triton_tiles import Centred, product_tile, stored_dtype
 
@@ -44,8 +44,8 @@ class Operand:
 
     @classmethod
     def of(cls, rows: Tensor, columns: Tensor, weights: Tensor, widths: list[int], kind: str) -> "Operand":
-        """bfloat16 embeddings stay as they are, everything else is float32."""
-        dtype = torch.bfloat16 if rows.dtype == columns.dtype == torch.bfloat16 else weights.dtype
+        """Embeddings of 16 bits stay as they are, everything else is float32."""
+        dtype = rows.dtype if rows.dtype == columns.dtype and rows.dtype in HALF else weights.dtype
         square = columns is rows
         rows = rows.to(dtype).contiguous()
         columns = rows if square else columns.to(dtype).contiguous()

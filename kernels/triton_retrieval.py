@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import spans
+from .chunked import HALF, spans
 from .chunked_retrieval import best_score, distinct
 from .triton_tiles import WIDEN, Config, Work, choose_config, product_tile
 
@@ -141,8 +141,8 @@ def neighbours_kernel(
 
 
 def _prepare(query: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
-    """bfloat16 as it is, everything else in float32; features side by side."""
-    dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
+    """16 bits as they are, everything else in float32; features side by side."""
+    dtype = query.dtype if query.dtype in HALF else torch.float32
     return query.to(dtype).contiguous(), gallery.to(dtype).contiguous()
 
 

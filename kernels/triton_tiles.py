@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import row_blocks
+from .chunked import HALF, row_blocks
 
 # Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: widen them first there.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -112,7 +112,7 @@ def fused_config(x: Tensor) -> Config | None:
     the tests' sizes take both ways.
     """
     features = triton.next_power_of_2(x.shape[1])
-    if x.dtype != torch.bfloat16:
+    if x.dtype not in HALF:
         return None
     if x.device.type == "cpu":
         return replace(FUSED_INTERPRETED, block_k=max(16, features)) if features <= 32 else None
@@ -121,12 +121,12 @@ def fused_config(x: Tensor) -> Config | None:
 
 
 def stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """How a block of gradient weights for embeddings like x is kept: float16 for bfloat16 ones, else `dtype`.
+    """How a block of gradient weights for embeddings like x is kept: float16 for those of 16 bits, else `dtype`.
 
     float16 has the tensor cores' speed and 3 more bits than bfloat16; times 2^12, weights (at most 4, near 1/N when
     diffuse) fit its range for any N. A positive's weight, the largest of its row, is rounded by 2^-12 of itself.
     """
-    return torch.float16 if x.dtype == torch.bfloat16 else dtype
+    return torch.float16 if x.dtype in HALF else dtype
 
 
 class Centred:

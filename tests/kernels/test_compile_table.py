@@ -57,7 +57,7 @@ def test_every_row_is_sound(table):
     for row in rows_of(table):
         assert int(row["shared_bytes"]) <= SHARED_LIMIT[row["arch"]], row
         assert int(row["registers"]) <= 255, row
-        if row["dtype"] == "bf16":
+        if row["dtype"] != "fp32":
             assert int(row["mma"]) > 0, f"no tensor-core instruction: {row}"
 
 
@@ -68,7 +68,7 @@ def test_the_kernels_that_carry_a_step_do_not_spill_on_hopper(table):
     for row in rows_of(table):
         hot = row["kernel"] in HOT
         plain = row["variant"] in ("", "shared", "1 teacher, shared") or row["variant"].endswith("features, shared")
-        if row["arch"] == "sm_90" and row["dtype"] == "bf16" and hot and plain:
+        if row["arch"] == "sm_90" and row["dtype"] != "fp32" and hot and plain:
             assert int(row["spill_bytes"]) <= most, row
 
 

@@ -137,16 +137,37 @@ def test_unit_ids_are_the_default():
         torch.testing.assert_close(loss(X, Y, 10.0, pair_id=ids), loss(X, Y, 10.0))
 
 
-@every_loss
-def test_autocast_changes_nothing(loss):
-    plain = value_and_grads(loss, X, Y, "chunked")
-    for impl in IMPLS:
-        x = X.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss(x, Y, impl)
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, plain[0], rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(torch.autograd.grad(value, x)[0], plain[1], rtol=1e-4, atol=1e-4)
+def in_autocast(loss, impl: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and x's gradient, both float32."""
+    x = X.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        value = loss(x, Y, impl)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert value.dtype == gradient.dtype == torch.float32
+    return value, gradient
+
+
+TILED = [name for name in LOSSES if name not in ("relation_mse", "relation_wasserstein")]  # by Triton's kernels
+ELSEWHERE = [(name, impl) for name in LOSSES for impl in [*IMPLS, "auto"] if impl != "triton" or name not in TILED]
+
+
+@pytest.mark.parametrize(("name", "impl"), ELSEWHERE)
+def test_autocast_changes_nothing_without_tensor_cores(name, impl):
+    plain = value_and_grads(LOSSES[name], X, Y, "chunked")
+    value, gradient = in_autocast(LOSSES[name], impl, torch.bfloat16)
+    torch.testing.assert_close(value, plain[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, plain[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="no triton for CPU tensors here")
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_tensor_cores_its_dtype(name, dtype):
+    x = X.clone().requires_grad_()
+    given = LOSSES[name](x.to(dtype), Y.to(dtype), "triton")
+    value, gradient = in_autocast(LOSSES[name], "triton", dtype)
+    assert torch.equal(value, given) and torch.equal(gradient, torch.autograd.grad(given, x)[0])
+    assert not torch.equal(value, LOSSES[name](x, Y, "triton"))
 
 
 def test_one_teacher_as_tensor_or_list_and_learnable_scalars_as_floats():

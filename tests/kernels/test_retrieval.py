@@ -132,7 +132,7 @@ def test_what_triton_leaves_to_the_chunked_tiles():
     assert ranks(QUERY.double(), gallery.double(), torch.tensor([[597]]), impl="triton")[0].item() == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("queries", [3, 300])
 def test_copies_of_a_row_tie_wherever_they_stand(dtype, queries):
     """Equal rows have to have equal scores in every tile and position, whatever the width does to the rounding."""
@@ -141,7 +141,7 @@ def test_copies_of_a_row_tie_wherever_they_stand(dtype, queries):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="numpy's products, the interpreter's, round by place")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_copies_of_a_row_tie_in_triton(dtype):
     query = k.embeddings("random", 300, 100)[0].to(dtype)
     gallery = query[torch.randperm(9000, generator=torch.Generator().manual_seed(2)) % 300]

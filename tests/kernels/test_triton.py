@@ -17,6 +17,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 16, 14.3), (63, 100, 100.0), (129, 64, 14.3), (260, 40, 100.0)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_multiplied_as_they_are(dtype):
+    from vlscale.kernels.chunked import tile_operands
+    from vlscale.kernels.triton_relation import Operand
+    from vlscale.kernels.triton_tiles import fused_config, stored_dtype
+
+    x, one = torch.zeros(2, 8, dtype=dtype), torch.ones(1)
+    assert tile_operands(x, x, one, "triton")[0] is x and Operand.of(x, x, one, [8], "cosine").rows is x
+    assert stored_dtype(x, torch.float32) == torch.float16 and fused_config(x) is not None
+
+
 @pytest.mark.parametrize(("n", "d", "scale"), SHAPES)
 def test_contrastive_shapes(n, d, scale):
     k.check_budget(k.contrastive_case(*k.embeddings("random", n, d), scale), "triton", torch.float32, cap=1e-5)
@@ -113,7 +124,7 @@ def test_contrastive_single_pair_and_repeatability():
 
 @pytest.mark.parametrize("regime", ["random", "cone", "converged"])
 @pytest.mark.parametrize("ids", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sigmoid_regimes(regime, ids, dtype):
     x, y = k.embeddings(regime, 130, 48)
     pair_id = torch.arange(130) // 3 if ids else None

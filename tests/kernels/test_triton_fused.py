@@ -20,7 +20,7 @@ N, D = 70, 20
 
 
 @pytest.mark.parametrize("regime", ["random", "cone", "converged"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_regimes(regime, dtype):
     x, y = k.embeddings(regime, 130, 24)
     k.check_budget(k.contrastive_case(x, y, 14.3), "triton", dtype)

@@ -18,7 +18,7 @@ KINDS = ["cosine", "euclidean"]
 
 @pytest.mark.parametrize("regime", ["random", "cone", "near_equal"])
 @pytest.mark.parametrize("scope", ["row", "matrix"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_relation_kl_regimes(regime, scope, dtype):
     x, z = k.embeddings(regime, 130, 48)
     z = z if regime == "near_equal" else k.embeddings(regime, 130, 40, seed=1)[0]
@@ -26,7 +26,7 @@ def test_relation_kl_regimes(regime, scope, dtype):
 
 
 @pytest.mark.parametrize(("regime", "scope"), [("random", "row"), ("cone", "matrix"), ("near_equal", "row")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_relation_kl_euclidean(regime, scope, dtype):
     x, z = k.embeddings(regime, 130, 48)
     z = z if regime == "near_equal" else k.embeddings(regime, 130, 40, seed=1)[0]
@@ -97,7 +97,7 @@ def test_nan_propagates_and_repeats_are_bitwise():
         assert relation_kl_loss(x, z, relation=kind, **settings).isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [3, 130])
 def test_relation_mae(n, dtype):
     """A rounding that flips a sign is an error of any method: hence the floor."""

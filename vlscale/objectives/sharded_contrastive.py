@@ -214,7 +214,7 @@ def _double_gradients(
     """
     ranks, tiles = problem.ranks, problem.tiles(image, scale)
     x, y, _ = tile_operands(image, text, scale, problem.impl)
-    u, v = (cotangent.to(x.dtype).contiguous() for cotangent in (u, v))
+    x, y, u, v = p.contrastive_double_operands(x, y, u, v)
     own = p.contrastive_own_direction(x, y, u, v, scale, w)
     passes = p
     if tiles.triton:

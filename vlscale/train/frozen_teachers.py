@@ -1,7 +1,7 @@
 """A teacher with the preprocessing that is its own, and the hashes that say which of both it is.
 
-A run keeps the hashes of its teachers, its stamp, and goes on with no others. Each of its checkpoints tells them too, for
-one that is continued where only its copies are.
+A run keeps the hashes of its teachers, its stamp, and goes on with no others. Each of its checkpoints tells them too,
+for a run that is continued where only its copies are.
 
 Legend: S side of a teacher's pictures, B pictures, T captions, D width of a teacher's embeddings.
 """
@@ -131,8 +131,8 @@ def check_same_teachers(stamp: Stamp, config: TeacherConfig, folder: Path) -> No
 
 
 def _kept_stamp(folder: Path) -> Stamp | None:
-    """Of a run in `folder`, or of a checkpoint that came to a folder without one. None where there is neither, or what the
-    run says of its teachers was lost with the power."""
+    """Of a run in `folder`, or of a checkpoint that came to a folder without one. None where there is neither, or what
+    the run says of its teachers was lost with the power."""
     try:
         if (folder / "config.yaml").is_file():
             told = json.loads((folder / TEACHERS).read_text())

@@ -47,7 +47,6 @@ from vlscale.train.validate import Validation
 from vlscale.train.watchdog import Watchdog
 
 
-
 @dataclass(frozen=True)
 class Job:
     """What one run is to do, where, and who takes part; `name` is what the log calls it."""
