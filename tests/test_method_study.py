@@ -1,6 +1,6 @@
 """The method study: its intervals and tables on hand-made cells, and the documented small study from end to end."""
 
-import itertools
+import csv
 import json
 import re
 import runpy
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 
 from vlscale.distributed import Ranks
-from vlscale.evaluate.paired import seed_interval
+from vlscale.evaluate.paired import bootstrap_interval, seed_interval
 from vlscale.kernels import relation_kl_loss
 from vlscale.objectives import total
 from vlscale.resources import benchmarks_folder
@@ -52,6 +52,15 @@ def test_an_interval_is_students():
     assert np.isnan(seed_interval(np.array([1.0]))).all()
 
 
+def test_a_bootstrap_of_seeds_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for seeds in (4, 5, 40):
+        given = np.random.default_rng(seeds).normal(1, 2, seeds)
+        options = {"n_resamples": 20_000, "method": "percentile", "random_state": 1}
+        expected = stats.bootstrap((given,), np.mean, **options).confidence_interval
+        assert bootstrap_interval(given) == pytest.approx(tuple(expected), abs=0.03 * given.std())
+
+
 def test_an_interval_of_five_seeds_covers_the_mean_95_times_of_100():
     bounds = [seed_interval(given) for given in np.random.default_rng(0).normal(size=(4000, 5))]
     assert np.mean([low <= 0 <= high for low, high in bounds]) == pytest.approx(0.95, abs=0.01)
@@ -59,9 +68,7 @@ def test_an_interval_of_five_seeds_covers_the_mean_95_times_of_100():
 
 def test_a_percentile_bootstrap_of_five_seeds_covers_it_84_times_of_100():
     """Why the intervals are not that."""
-    draws = np.array(list(itertools.product(range(5), repeat=5)))
-    seeds = np.random.default_rng(0).normal(size=(2000, 5))
-    bounds = [np.quantile(given[draws].mean(1), [0.025, 0.975]) for given in seeds]
+    bounds = [bootstrap_interval(given) for given in np.random.default_rng(0).normal(size=(2000, 5))]
     assert np.mean([low <= 0 <= high for low, high in bounds]) == pytest.approx(0.84, abs=0.015)
 
 
@@ -97,6 +104,10 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
     assert told in analyse.markdown(study, table, {})
     lines = analyse.as_csv(study, table).splitlines()
     assert len(lines) == 1 + 3 * 3 and lines[1].startswith("clean,0,teachers,10.0000")
+    rows = {row["endpoint"]: row for row in csv.DictReader(analyse.differences_csv(study, table).splitlines())}
+    assert list(rows) == list(analyse.names_of(study)) and rows["rsum"]["mean"] == "0.0000"
+    shown = [float(rows["i2i"][name]) for name in ("mean", "t_low", "t_high", "boot_low", "boot_high")]
+    assert shown == pytest.approx([2.5, 1.2579, 3.7421, 2.0, 3.0], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["study", "trained", "pretrained", "pretrained-tuned"])

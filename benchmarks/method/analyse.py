@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from common import RESULTS, provenance, today
 
-from vlscale.evaluate.paired import ENOUGH, paired, seed_interval
+from vlscale.evaluate.paired import ENOUGH, bootstrap_interval, paired, seed_interval
 
 NAMES = {
     "rsum": "rsum", "i2i": "i2i", "t2t": "t2t", "single": "mean of i2i, t2t", "i2it": "i2it", "t2it": "t2it",
@@ -21,19 +21,22 @@ NAMES = {
 
 
 def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool) -> None:
-    """`study.md`, `study.csv` and `study.png` in `out`, and with `keep` dated copies in benchmarks/results/."""
+    """`study.md`, `study.csv`, `study.png` and `differences.csv` in `out`, and with `keep` dated copies in
+    benchmarks/results/."""
     table = read_cells(study, cells)
     if not any(table.values()):
         return
     page = markdown(study, table, chosen)
     (out / "study.md").write_text(page)
     (out / "study.csv").write_text(as_csv(study, table))
+    (out / "differences.csv").write_text(differences_csv(study, table))
     plot(study, table, out / "study.png")
     print(page)
     if keep:
         name = study.get("name", "study")
         for kind in ("md", "csv", "png"):
             shutil.copy(out / f"study.{kind}", RESULTS / f"{today()}-method-{name}.{kind}")
+        shutil.copy(out / "differences.csv", RESULTS / f"{today()}-method-{name}-differences.csv")
         everything = {path.stem: json.loads(path.read_text()) for path in sorted(cells.glob("[!.]*.json"))}
         everything["study"] = {"name": name, "comparisons": study["comparisons"], "endpoints": list(names_of(study))}
         kept = "cells" if name == "study" else f"{name}-cells"
@@ -67,7 +70,7 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
         "",
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), each with its own corpus, teachers, weights and batches; "
         "test split; NDCG@10 above chance, in percent; rsum of 600. In brackets: 95 % interval (Student's t) over the "
-        "seeds of the paired difference; bold where it excludes zero.",
+        "seeds of the paired difference; bold where it excludes zero. `differences.csv` has the bootstrap's beside it.",
     ]
     for level, by_seed in table.items():
         if not by_seed:
@@ -121,6 +124,22 @@ def as_csv(study: dict, table: dict) -> str:
         for seed, cell in by_seed.items():
             for method, values in cell.items():
                 writer.writerow([level, seed, method, *(f"{values[endpoint]:.4f}" for endpoint in names)])
+    return out.getvalue()
+
+
+def differences_csv(study: dict, table: dict) -> str:
+    """Each comparison's mean difference with both intervals: Student's t, which the page has, and the bootstrap."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["level", "first", "second", "endpoint", "seeds", "mean", "t_low", "t_high", "boot_low", "boot_high"]
+    )
+    for level, by_seed in table.items():
+        for first, second in study["comparisons"] if by_seed else ():
+            for endpoint in names_of(study):
+                found = paired(by_seed, first, second, endpoint)
+                numbers = found.mean(), *seed_interval(found), *bootstrap_interval(found)
+                writer.writerow([level, first, second, endpoint, len(found), *(f"{number:.4f}" for number in numbers)])
     return out.getvalue()
 
 
