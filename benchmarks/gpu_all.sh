@@ -108,6 +108,11 @@ part times 135 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}
 part times_narrow 25 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${narrow[@]}"
 part times_rest 55 "$python" benchmarks/kernels_bench.py --out "$folder" "${size[@]}" "${rest[@]}"
 part pictures 25 "$python" benchmarks/kernels_bench.py --pictures --out "$folder" "${pictures[@]}"
+comparing=
+if [ -z "$smoke" ]; then  # on the CPU, beside the checks below; whatever becomes of it, the measurement is there
+  timeout 60 "$python" benchmarks/kernels_model.py --against "$folder/kernels.csv" >"$folder/predicted.log" 2>&1 &
+  comparing=$!
+fi
 sanitizer=$(command -v compute-sanitizer || true)
 if [ -n "$smoke" ]; then
   part memcheck 60 "$python" benchmarks/kernels_bench.py --out "$folder/memcheck" "${small[@]}"
@@ -123,6 +128,10 @@ else
   report+=("memcheck           no compute-sanitizer here")
 fi
 
+if [ -n "$comparing" ] && ! wait "$comparing"; then
+  report+=("predicted          no comparison: $(tail -n 1 "$folder/predicted.log" | cut -c1-120)")
+fi
+
 {
   echo "gpu_all: $((SECONDS - started)) s, files in $folder"
   printf '%s\n' "${report[@]}"
@@ -130,7 +139,7 @@ fi
 } | tee "$folder/summary.txt"
 if [ -n "${OUT:-}" ]; then
   tar -czf "$OUT/gpu_all.tar.gz" -C "$folder" .
-  for name in summary.txt kernels.md accuracy.md tests.log; do
+  for name in summary.txt kernels.md predicted.md accuracy.md tests.log; do
     [ -e "$folder/$name" ] && cp "$folder/$name" "$OUT/"
   done
 fi
