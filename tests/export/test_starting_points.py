@@ -1,6 +1,7 @@
 """Towers out of local CLIP, SigLIP, DINOv2, DINOv3, BERT, MiniLM and RoBERTa folders: their weights, and the way out
 again."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 from tests.export.towers import TEXT, VISION
 from vlscale.export.folder import export_model
 from vlscale.export.loaded import load_model
-from vlscale.models.dual_encoder import build_dual_encoder
+from vlscale.models.dual_encoder import build_dual_encoder, load_dual_encoder
 from vlscale.models.hf_folder import new_image_processor, save_folder
 from vlscale.models.towers import build_tower, check_room
 from vlscale.sections import ModelConfig
@@ -90,6 +91,15 @@ def test_a_whole_clip_is_a_starting_point_with_its_projections(sources):
         out = clip(input_ids=IDS, attention_mask=MASK, pixel_values=PIXELS)
         torch.testing.assert_close(encoder.encode_image(PIXELS), out.image_embeds, rtol=0, atol=1e-5)
         torch.testing.assert_close(encoder.encode_text(IDS, MASK), out.text_embeds, rtol=0, atol=1e-5)
+
+
+def test_a_clip_is_loaded_without_a_warning_of_its_type(sources, monkeypatch):
+    said, root = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = said.append
+    monkeypatch.setattr(root, "handlers", [handler])
+    assert load_dual_encoder(str(sources["clip"])).config.projection_dim == 16
+    assert not said, [record.getMessage() for record in said]
 
 
 @pytest.mark.parametrize(

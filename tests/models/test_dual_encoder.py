@@ -1,13 +1,15 @@
 """The dual encoder and its folders: plain transformers gives the same embeddings; starting points, locks, scales."""
 
 import math
+import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, VisionTextDualEncoderModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, VisionTextDualEncoderModel, ViTConfig, ViTModel
 
 from vlscale.data.tokens import train_tokenizer
-from vlscale.models.dual_encoder import build_dual_encoder
+from vlscale.models.dual_encoder import build_dual_encoder, load_dual_encoder
 from vlscale.models.hf_folder import load_encoder, new_image_processor, save_folder
 from vlscale.models.teachers import build_teachers
 from vlscale.sections import ModelConfig, TeacherConfig
@@ -71,6 +73,19 @@ def test_init_from_copies_weights_and_refuses_other_shapes(saved):
         ValueError, match=r"weight visual_projection.weight has shape \(16, 32\), expected shape \(8, 32\)"
     ):
         build_dual_encoder(model_config(init_from=str(folder), embed_dim=8))
+
+
+def test_weights_that_would_be_random_are_refused(saved, tmp_path):
+    """transformers draws what a folder lacks, and only warns."""
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **TOWER)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"vit is not a dual encoder .*it is a vit, expected a model of pictures and"):
+        load_dual_encoder(str(tmp_path / "vit"))
+    shutil.copytree(saved[1], tmp_path / "lacking")
+    weights = load_file(tmp_path / "lacking/model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, tmp_path / "lacking/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack text_projection\.weight"):
+        load_dual_encoder(str(tmp_path / "lacking"))
 
 
 def test_init_from_an_unfinished_run_says_so(tmp_path):

@@ -32,7 +32,7 @@ from vlscale.models.fusion_folder import load_fusion
 from vlscale.models.masked_head import MaskedHead
 from vlscale.models.rows import unit, wide
 from vlscale.models.teacher_heads import TeacherHeads, TeacherRows
-from vlscale.models.towers import build_tower, check_weights, one_line, padding_of
+from vlscale.models.towers import build_tower, check_weights, first_few, one_line, padding_of
 from vlscale.sections import ModelConfig
 
 SCALARS = ("logit_scale", "logit_bias")  # parameters of shape (1,) here: DeepSpeed cannot broadcast 0-d ones
@@ -238,11 +238,24 @@ def load_dual_encoder(path: str) -> VisionTextDualEncoderModel:
     folder = final_folder(path)
     check_weights(folder)
     try:
-        if AutoConfig.from_pretrained(folder).model_type == siglip.MODEL:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type == siglip.MODEL:
             whole = SiglipModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
             whole.text_model.config.pad_token_id = padding_of(folder, whole.text_model.config.pad_token_id)
             return siglip.as_dual_encoder(whole)
-        return VisionTextDualEncoderModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        if not (hasattr(config, "vision_config") and hasattr(config, "text_config")):
+            raise ValueError(f"it is a {config.model_type}, expected a model of pictures and of texts")
+        values, _ = VisionTextDualEncoderConfig.get_config_dict(folder)
+        model, told = VisionTextDualEncoderModel.from_pretrained(
+            folder,
+            config=VisionTextDualEncoderConfig.from_dict(values),  # its from_pretrained warns of every other type
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if told["missing_keys"]:  # random now
+            raise ValueError(f"its weights lack {first_few(sorted(told['missing_keys']))}")
+        return model
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"model {folder} is not a dual encoder that can be loaded: {one_line(error)}") from None
 
