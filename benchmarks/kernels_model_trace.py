@@ -7,7 +7,7 @@ and maxima return at once.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,6 @@ from kernels_bench_entries import DENSE, FAMILIES, Loss, Problem, ours
 from kernels_bench_measure import Calls
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 HOPPER = (9, 0)
 MODULES = ("contrastive", "contrastive_fused", "contrastive_double", "sigmoid", "relation_kl", "relation_match")
@@ -189,8 +188,7 @@ def bodies() -> dict:
 
 
 def operation(function, name: str, args, kwargs, result) -> Op:
-    ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    outs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    ins, outs = list(tensors((*args, *kwargs.values()))), list(tensors((result,)))
     every = ins + outs
     dtype = max(every, key=lambda t: t.numel()).dtype if every else torch.float32
     given = {t.untyped_storage()._cdata for t in ins}
@@ -203,6 +201,14 @@ def operation(function, name: str, args, kwargs, result) -> Op:
         view = True
     moved = sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in every)
     return Op(name, dtype, moved, max((t.numel() for t in every), default=0), shape, view or name in FREE)
+
+
+def tensors(values: Iterable) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors(value)
 
 
 def same_place(target: Tensor, source: Tensor) -> bool:
