@@ -44,7 +44,7 @@ def reference_loss(
         norm = torch.stack([grad.detach().norm() for grad in gradient.values()]).norm()
         length = torch.stack([p.detach().norm() for p in moved.values()]).norm()
         unit = parts.meta.inner_lr_unit
-        rate = parts.meta.inner_lr * {"absolute": 1.0, "gradient": 1 / norm, "parameter": length / norm}[unit]
+        rate = parts.meta.rate * {"absolute": 1.0, "gradient": 1 / norm, "parameter": length / norm}[unit]
         fast = {name: learned[name] - rate * grad for name, grad in gradient.items()}
         relations, _ = relations_loss(run(learned | fast, test_batch), dense.objective, Ranks())
         return consistency + relations, learned

@@ -27,8 +27,10 @@ RUNS = {
     **{f"zero{stage}": f"engine: {{zero_stage: {stage}}}, train: {{{MANY}}}" for stage in range(4)},
     "bf16": f"engine: {{zero_stage: 1, dtype: bf16}}, train: {{{MANY}}}",
     "heads": f"meta: {{mode: heads}}, engine: {{zero_stage: 2}}, train: {{{MANY}}}",
-    "first_order-next": f"meta: {{mode: first_order, test_batch: next}}, engine: {{zero_stage: 3}}, train: {{{MANY}}}",
-    "finite_difference": f"meta: {{mode: finite_difference}}, engine: {{zero_stage: 0}}, train: {{{MANY}}}",
+    "first_order-next": f"meta: {{mode: first_order, test_batch: next, inner_lr: 0.02}}, engine: {{zero_stage: 3}}, "
+    f"train: {{{MANY}}}",
+    "finite_difference": "meta: {mode: finite_difference, inner_lr: 0.02}, engine: {zero_stage: 0}, "
+    f"train: {{{MANY}}}",
     "offload-zero2": f"engine: {{zero_stage: 2, offload_optimizer: cpu}}, train: {{{MANY}}}",
     "offload-zero3": "engine: {zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}",
     "offload-parameters": "engine: {zero_stage: 3, offload_parameters: cpu}",

@@ -25,7 +25,8 @@ COMMON = [
     "train={max_steps: 3, checkpoint_every: 1, keep_checkpoints: 9, elastic: true, global_batch_size: 32}",
 ]
 WAYS = {f"joint-{stage}": ["meta.mode=joint", f"engine.zero_stage={stage}"] for stage in range(4)} | {
-    mode: [f"meta.mode={mode}", "engine.zero_stage=2"] for mode in ("heads", "first_order", "finite_difference")
+    mode: [f"meta.mode={mode}", "meta.inner_lr=0.02", "engine.zero_stage=2"]
+    for mode in ("heads", "first_order", "finite_difference")
 }
 WAYS["bf16"] = ["meta.mode=joint", "engine={zero_stage: 2, dtype: bf16}"]
 

@@ -33,8 +33,10 @@ RUNS |= {
     "chunks-zero3": f"{RVLR}, engine: {{zero_stage: 3}}, train: {{chunk_size: 4}}",
     "blocks-again": f"{RVLR}, engine: {{zero_stage: 3, activation_checkpointing: true}}",
     "heads": "objective: {name: covlr}, meta: {mode: heads}, engine: {zero_stage: 2}",
-    "first_order": f"{RVLR}, meta: {{mode: first_order}}, engine: {{zero_stage: 3}}, train: {{chunk_size: 8}}",
-    "finite_difference": "objective: {name: covlr}, meta: {mode: finite_difference}, engine: {zero_stage: 1}",
+    "first_order": f"{RVLR}, meta: {{mode: first_order, inner_lr: 0.02}}, engine: {{zero_stage: 3}}, "
+    "train: {chunk_size: 8}",
+    "finite_difference": "objective: {name: covlr}, meta: {mode: finite_difference, inner_lr: 0.02}, "
+    "engine: {zero_stage: 1}",
 }
 
 

@@ -134,6 +134,16 @@ def test_a_locked_tower_is_not_moved(build):
     assert all(p.grad is None for p in parts.engine.module.vision_model.parameters())
 
 
+@pytest.mark.parametrize(("mode", "share"), [("heads", 0.02), ("first_order", 0.001), ("finite_difference", 0.001)])
+def test_the_shift_of_everything_is_shorter_by_default(build, mode, share):
+    parts, batch, _ = build(f"meta.mode={mode}", "meta.epsilon=0.001")
+    module = parts.engine.module
+    heads = [*module.visual_projection.parameters(), *module.text_projection.parameters()]
+    length = sum(p.detach().square().sum() for p in (heads if mode == "heads" else module.parameters())).sqrt()
+    values = STEPS[mode](parts, batch, batch)
+    assert values["inner_lr"] * values["inner_grad_norm"] == pytest.approx(share * float(length), rel=1e-5)
+
+
 def test_a_shift_lost_in_rounding_is_said_once(build, caplog):
     parts, batch, _ = build("meta.mode=first_order", "meta.inner_lr=0.000001")
     module = parts.engine.module.bfloat16()
@@ -152,6 +162,7 @@ def test_a_shift_lost_in_rounding_is_said_once(build, caplog):
     [
         (["meta.mode=heads", "engine.comm=ring"], "set engine.comm=gather"),
         (["meta.test_batch=next"], "set meta.mode=heads"),
+        (["meta.mode=heads", "meta.inner_lr_unit=absolute"], "inner_lr_unit=absolute needs meta.inner_lr"),
         (["objective.name=rvlr", "objective.itm_weight=2"], "needs a fusion encoder.*set objective.itm_weight=0"),
         (
             ["objective.name=rvlr", "objective.cross_modal_relation=true", "objective.relation_distance=kl"],

@@ -94,7 +94,9 @@ class MetaConfig(Section):
     """CoVLR's meta step: consistency at theta, relations at theta' = theta - a grad(consistency)."""
 
     mode: Literal["joint", "heads", "first_order", "finite_difference"] = "joint"  # joint: theta' = theta
-    inner_lr: float = Field(0.02, ge=0)
+    inner_lr: float | None = Field(
+        None, ge=0
+    )  # null, in `parameter`: 0.02 for heads, 0.001 where everything is shifted
     inner_lr_unit: Literal["absolute", "gradient", "parameter"] = "parameter"
     # absolute: a = inner_lr; gradient: the shift is inner_lr long; parameter: inner_lr times as long as what it shifts
     test_batch: Literal["same", "next"] = "same"  # the batch whose relations are looked at at theta'
@@ -106,3 +108,19 @@ class MetaConfig(Section):
         if self.mode == "joint" and self.test_batch == "next":
             raise ValueError("meta.test_batch=next needs a meta step, got meta.mode=joint; set meta.mode=heads")
         return self
+
+    @model_validator(mode="after")
+    def _unit_has_a_default(self) -> "MetaConfig":
+        if self.inner_lr is None and self.inner_lr_unit != "parameter":
+            raise ValueError(
+                f"meta.inner_lr_unit={self.inner_lr_unit} needs meta.inner_lr, which has a default only in "
+                "meta.inner_lr_unit=parameter; give a number, or leave the unit out"
+            )
+        return self
+
+    @property
+    def rate(self) -> float:
+        """`inner_lr`, or what the study of modes found right for this one."""
+        if self.inner_lr is not None:
+            return self.inner_lr
+        return 0.02 if self.mode == "heads" else 0.001
