@@ -45,6 +45,7 @@ def test_faults_are_counted_and_named(faulty, make_config):
     report = check_corpus(expand(str(faulty / "x-*.tar")), data, duplicates=True, processes=1, progress=False)
     assert report.faults == {"no picture": 1, "broken picture": 1, "caption not UTF-8": 1, "empty caption": 1}
     assert [line.split(":")[0] for line in report.named] == ["blind", "broken", "empty", "latin1"]
+    assert f"empty: empty caption: txt holds no text ({faulty / 'x-1.tar'})" in report.named
     assert len(report.bad_shards) == 1 and "x-2.tar ends at byte 3000" in report.bad_shards[0]
     summary = report.summary()
     assert (summary["samples"], summary["shards"], summary["duplicates"]) == (3, 3, 1)

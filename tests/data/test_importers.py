@@ -97,6 +97,13 @@ def test_missing_pictures_are_named_each_and_counted(tmp_path, pictures, make_co
     ]
 
 
+def test_no_more_than_a_hundred_missing_pictures_are_named(tmp_path, pictures, caplog):
+    entries = save(tmp_path, [{"image": f"gone-{n}.jpg", "caption": "x"} for n in range(300)])
+    with pytest.raises(ValueError, match="none of the 300 pictures"):
+        write_items({"train": list_items(entries)}, pictures, tmp_path / "out", progress=False)
+    assert len(caplog.messages) == 101 and caplog.messages[-1].startswith("more are skipped")
+
+
 def test_shards_have_their_size(tmp_path, pictures, make_config):
     entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(5)]
     write_items(

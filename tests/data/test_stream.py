@@ -204,6 +204,17 @@ def test_a_damaged_picture_is_replaced_the_same_way_everywhere(own_corpus, run_s
     assert sum(batch.skipped for batch in rest[-1]) == rows[-1][0].skipped
 
 
+def test_the_log_names_each_skipped_sample_once_and_no_more_than_a_hundred(
+    corpus, tokenizer, spec, make_config, caplog
+):
+    stream = TrainStream(make_config(corpus), spec, tokenizer, global_batch_size=64, seed=3)
+    for _ in range(2):
+        stream._tell(["a is broken", "b is broken"])
+    assert caplog.messages == ["skipped sample a is broken", "skipped sample b is broken"]
+    stream._tell([f"{number} is broken" for number in range(200)])
+    assert len(caplog.messages) == 101 and "metrics.jsonl counts them" in caplog.messages[-1]
+
+
 def test_a_corpus_in_which_nothing_decodes_ends(own_corpus, run_stream, make_config):
     with pytest.raises(ValueError, match=r"1000 samples in a row cannot be used, the last is .*too many pixels"):
         run_stream(1, data=make_config(own_corpus, max_pixels=10))

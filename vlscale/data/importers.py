@@ -20,6 +20,7 @@ from vlscale.progress import Progress
 
 _EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")  # a split, which becomes the name of a file
+_MOST_TOLD = 100  # skipped pictures that the log names
 _NO_EXTENSION = "jpg"  # readers go by the content; the name has to be one that they look for
 
 
@@ -35,6 +36,13 @@ class ImportCount:
     samples: Counter = field(default_factory=Counter)  # by split
     missing: list[str] = field(default_factory=list)  # pictures that are not there
     captionless: int = 0
+
+    def tell(self, image: str, why: str) -> None:
+        skipped = len(self.missing) + self.captionless
+        if skipped <= _MOST_TOLD:
+            get_logger().warning("skipped %s: %s", image, why)
+        elif skipped == _MOST_TOLD + 1:
+            get_logger().warning("more are skipped, which the last line counts")
 
 
 def karpathy_items(path: str | Path, *, restval: bool = True) -> dict[str, list[Item]]:
@@ -124,14 +132,14 @@ def _samples(items: list[Item], root: Path, count: ImportCount, bar: Progress) -
         captions = [caption for caption in item.captions if caption]
         if not captions:
             count.captionless += 1
-            get_logger().warning("skipped %s: no caption", item.image)
+            count.tell(item.image, "no caption")
             continue
         path = _below(root, item.image)
         try:
             picture = path.read_bytes()
         except (OSError, ValueError):  # a name may hold what no file's name can
             count.missing.append(item.image)
-            get_logger().warning("skipped %s: no such picture in %s", item.image, root)
+            count.tell(item.image, f"no such picture in {root}")
             continue
         extension = _EXTENSIONS.get(Path(item.image).suffix.lower(), _NO_EXTENSION)
         yield {

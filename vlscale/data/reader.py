@@ -49,7 +49,7 @@ class SampleReader:
         captions = parse_captions(meta or parse_json(raw), self.caption_field) if self.caption_field else [_decode(raw)]
         captions = [caption for caption in map(str.strip, captions) if caption]
         if not captions:
-            raise BadSample("empty caption", f"{self.manifest.urls[shard]} has no text in it")
+            raise BadSample("empty caption", f"{self.data.caption_key} holds no text")
         return Sample(index.key_at(key, key_size), picture, captions, meta)
 
     def read_json(self, shard: int, row: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from vlscale.sections import DataConfig
 __all__ = ["StreamState", "TrainStream", "merge_states"]
 
 _LONGEST = 512  # tokens, for tokenizers that name no length
+_MOST_TOLD = 100  # skipped samples that the log names
 
 
 class TrainStream:
@@ -80,6 +81,7 @@ class TrainStream:
         elif state.manifest != fresh.manifest and data.changed_shards == "next_epoch":
             state = state.next_epoch(fresh.manifest)
         self.state = _continue(state, fresh).part(self.first_lane, self.lanes_here)
+        self._told: set[str] = set()  # faults that the log has named
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on after the last batch that was handed out."""
@@ -135,8 +137,7 @@ class TrainStream:
             made.put(error, 0)
 
     def _batch(self, part: Part, state: StreamState) -> Batch:
-        for fault in part.faults:
-            get_logger().warning("skipped sample %s", fault)
+        self._tell(part.faults)
         input_ids, attention_mask, cut = self._tokens(part.tokens, part.captions)
         second = (None, None)
         if self.views.second_caption:
@@ -160,6 +161,17 @@ class TrainStream:
             teacher_text=None if part.teacher_text is None else torch.from_numpy(part.teacher_text),
             truncated=cut,
         )
+
+    def _tell(self, faults: list[str]) -> None:
+        """Each once, since a sample comes again in every epoch, and no more than anybody reads."""
+        for fault in faults:
+            if fault in self._told or len(self._told) > _MOST_TOLD:
+                continue
+            self._told.add(fault)
+            if len(self._told) > _MOST_TOLD:
+                get_logger().warning("more are skipped: `skipped` in metrics.jsonl counts them, no more are named here")
+            else:
+                get_logger().warning("skipped sample %s", fault)
 
     def _tokens(self, tokens: TokenRows | None, captions: list[str]) -> tuple[Tensor, Tensor, int]:
         if tokens is None:
