@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vlscale.cli.corpus import CaptionKey, ImageKeys, ManifestDir, Urls, corpus
+from vlscale.cli.outputs import prepare
 from vlscale.cli.teach import teach
 
 app = typer.Typer(help="Make, import, check and index corpora, and embed them by teachers.", no_args_is_help=True)
@@ -92,6 +93,8 @@ def check(
     from vlscale.data.contact_sheet import save_contact_sheet
     from vlscale.data.manifest import build_manifest
 
+    prepare("--json", json_file)
+    prepare("--sheet", sheet)
     shards, data = corpus(urls, image_keys, caption_key, manifest_dir)
     report = check_corpus(shards, data, duplicates=duplicates, processes=processes)
     summary = report.summary()

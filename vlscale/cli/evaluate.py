@@ -6,6 +6,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from vlscale.cli.outputs import prepare
 from vlscale.sections import Protocol
 
 
@@ -30,6 +31,7 @@ def evaluate(
     from vlscale.evaluate.table import render
     from vlscale.progress import LINE_SECONDS, Progress
 
+    prepare("--json", json)
     request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache, rerank)
     with Progress(f"embedding {Path(model).name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
         _, result = evaluate_model(request, progress)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vlscale.cli.outputs import prepare
+
 
 def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
@@ -22,6 +24,10 @@ def report(
     from vlscale.report.study import read_study, study_of
     from vlscale.report.write import write_report, write_study_page
 
+    prepare("--out", out)
+    for run in runs or []:
+        if not run.is_dir():
+            raise ValueError(f"report: {run} is no folder; expected runs")
     methods = None if study is None else study_of(read_study(study))
     if not runs:
         if methods is None:

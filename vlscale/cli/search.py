@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vlscale.cli.outputs import prepare
+
 
 def search(
     model: Annotated[str, typer.Argument(help="The model that made the index.")],
@@ -36,6 +38,7 @@ def search(
 
     if of not in list(searching.Of):
         raise ValueError(f"--of {of}: expected {', '.join(searching.Of)}")
+    prepare("--html", html)
     asked = searching.read_query(query)
     found = read_index(index)
     loaded = load_model(model)
