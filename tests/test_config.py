@@ -72,6 +72,7 @@ def test_without_variants_the_body_runs_last_in_the_folder_itself(tmp_path):
         ("optim.warmup_steps=5000", "warmup_steps=5000 must be below train.max_steps=1000"),
         ("teacher.source=hf", "needs teacher.image and teacher.text"),
         ("model.locked=[vison]", "'vision' or 'text', got 'vison'"),
+        ("model.locked=vision", r"valid list, model\.locked=\[vision\], got 'vision'"),
         ("train.seed", "expected key=value"),
     ],
 )

@@ -194,6 +194,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {dotted!r}" + _closest(dotted, known_keys())
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "list_type" and isinstance(problem["input"], str):
+        message += f", {dotted}=[{problem['input']}]"
     told = dotted and problem["type"] != "value_error"
     return f"{_shown(dotted)}: {message}, got {problem['input']!r}" if told else message
 

@@ -203,6 +203,11 @@ def test_urls_that_name_nothing_are_one_clear_line(urls, message):
     assert "\n" not in str(caught.value)
 
 
+def test_of_a_brace_list_the_shard_that_is_not_there_is_named(corpus):
+    with pytest.raises(ValueError, match=r"no shard matches '[^{]*train-000008\.tar', of '.*\{000000\.\.000008\}"):
+        expand(str(corpus / "train-{000000..000008}.tar"))
+
+
 def test_a_shard_named_twice_is_refused(corpus):
     with pytest.raises(ValueError, match="named twice"):
         expand([str(corpus / "train-*.tar"), str(corpus / "train-000001.tar")])

@@ -67,5 +67,6 @@ def _matches(url: str, pattern: str, what: str) -> list[str]:
     else:
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.isfile(path)
     if not found:
-        raise ValueError(f"{what}: no shard matches {pattern!r}; expected existing .tar files, check the path")
+        among = "" if url == pattern else f", of {pattern!r}"
+        raise ValueError(f"{what}: no shard matches {url!r}{among}; expected existing .tar files, check the path")
     return found
