@@ -144,6 +144,16 @@ def test_k_beyond_the_gallery_is_refused(model, index, of):
             search(model, index, Query("a disc"), k=k, of=of)
 
 
+def test_an_index_that_cannot_be_written_to_is_searched_in_silence(model, index, recwarn):
+    """As parquet's arrays are."""
+    frozen = index.image_emb.copy()
+    frozen.flags.writeable = False
+    asked = Query("a disc")
+    hits = search(model, dataclasses.replace(index, image_emb=frozen), asked, k=3, of=Of.IMAGES)
+    assert hits == search(model, index, asked, k=3, of=Of.IMAGES)
+    assert not [warning for warning in recwarn if "not writable" in str(warning.message)]
+
+
 def test_files_that_are_no_index_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist; make it with `vlscale embed`"):
         read_index(tmp_path / "no.npz")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, VisionTextDualEncoderModel, ViTConfig, ViTModel
 
 from vlscale.data.tokens import train_tokenizer
+from vlscale.models import hf_folder
 from vlscale.models.dual_encoder import build_dual_encoder, load_dual_encoder
 from vlscale.models.hf_folder import load_encoder, new_image_processor, save_folder
 from vlscale.models.teachers import build_teachers
@@ -86,6 +87,17 @@ def test_weights_that_would_be_random_are_refused(saved, tmp_path):
     save_file(weights, tmp_path / "lacking/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its weights lack text_projection\.weight"):
         load_dual_encoder(str(tmp_path / "lacking"))
+
+
+def test_a_name_that_is_neither_folder_nor_model_is_not_said_to_lack_a_tokenizer(monkeypatch, tmp_path):
+    def offline(source: str):
+        raise OSError("we could not connect")
+
+    monkeypatch.setattr(hf_folder.AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(ValueError, match="my-clp is no folder, and no model of that name was found: we could not"):
+        hf_folder.load_tokenizer("my-clp")
+    with pytest.raises(ValueError, match=r"holds no tokenizer: OSError; give model\.text\.tokenizer"):
+        hf_folder.load_tokenizer(str(tmp_path))
 
 
 def test_init_from_an_unfinished_run_says_so(tmp_path):

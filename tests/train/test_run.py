@@ -154,6 +154,19 @@ def test_resume_of_a_complete_run_changes_nothing_and_of_none_starts(undisturbed
     assert weights(tmp_path / "fresh") == weights(undisturbed)
 
 
+def test_more_steps_of_a_complete_run_are_told_where_to_go(tiny_config, tmp_path, caplog):
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {max_steps: 6}")
+    train(tiny_config, run, resume=True)
+    assert caplog.messages[-1] == "run: complete, nothing to do"
+    train(tiny_config, run, "train.max_steps=9", resume=True)
+    assert (
+        f"ended after 6 steps, and train.max_steps=9 takes another run, with --out elsewhere and model.init_from={run}"
+        in (caplog.messages[-1])
+    )
+
+
 def test_plain_transformers_loads_the_model_without_vlscale(undisturbed, tmp_path):
     code = (
         "import sys; sys.modules['vlscale'] = None\n"

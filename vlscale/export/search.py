@@ -75,7 +75,7 @@ def search(model: LoadedModel, index: Index, query: Query, *, k: int, of: Of) ->
     size = sum(map(len, parts))
     if not 1 <= k <= size:
         raise ValueError(f"--k {k}: expected 1 to {size}, the size of the gallery of {of.value}")
-    gallery = torch.cat([torch.from_numpy(part).float() for part in parts])
+    gallery = torch.cat([torch.from_numpy(np.array(part, np.float32)) for part in parts])  # parquet's cannot be written
     scores, places = _nearest(_embed(model, query), gallery, k)
     offset = len(index.keys) if of is Of.TEXTS else 0
     return [

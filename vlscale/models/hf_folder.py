@@ -26,7 +26,7 @@ from vlscale.models.fusion import PREFIX as FUSION
 from vlscale.models.fusion_folder import load_fusion, save_fusion
 from vlscale.models.masked_head import PREFIX as MASKED_HEAD
 from vlscale.models.teacher_heads import PREFIX as TEACHER_HEADS
-from vlscale.models.towers import check_exists
+from vlscale.models.towers import check_exists, one_line
 from vlscale.sections import ModelConfig
 
 _OF_LOADING = ("is_local", "local_files_only")  # how it was loaded here: transformers would save that with it
@@ -107,6 +107,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
+        if not Path(source).is_dir():
+            raise ValueError(f"{source} is no folder, and no model of that name was found: {one_line(error)}") from None
         raise ValueError(
             f"{source} holds no tokenizer: {error.__class__.__name__}; give model.text.tokenizer"
         ) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vlscale.config import read_tree
 from vlscale.data.batch import Batch
 from vlscale.data.manifest import Manifest
 from vlscale.data.samples import check_caption_field, open_corpus
@@ -111,11 +112,23 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
         engine.close()
 
 
+def _asked_beyond(folder: Path, config: Config) -> str:
+    """A finished run is never trained on, which who asks for more of its steps has to hear."""
+    made = folder / "config.yaml"
+    done = read_tree(made).get("train", {}).get("max_steps") if made.is_file() else None
+    if done is None or config.train.max_steps <= done:
+        return ""
+    return (
+        f": it ended after {done} steps, and train.max_steps={config.train.max_steps} takes another run, "
+        f"with --out elsewhere and model.init_from={folder}"
+    )
+
+
 def train_run(job: Job, *, resume: bool) -> None:
     """Train to `train.max_steps`; a run whose `final/` exists is complete and left alone."""
     config, folder, ranks, name = job.config, job.folder, job.ranks, job.name
     if resume and (folder / "final").is_dir():
-        get_logger().info("%s: complete, nothing to do", name)
+        get_logger().info("%s: complete, nothing to do%s", name, _asked_beyond(folder, config))
         return
     check_writable(folder, ranks)
     remote = open_remote(folder / CHECKPOINTS, config.train, name, ranks, resume=resume)
