@@ -70,6 +70,40 @@ def test_lists_join_the_captions_of_a_picture(tmp_path, pictures, make_config):
     assert samples[0].meta["image_id"] == "coco_0"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", 'image,caption,size\n0.jpg,"a dog, asleep",3\n1.jpg,a cat,4\n0.jpg,one dog,3\n'),
+        ("list.tsv", "filepath\ttitle\n0.jpg\ta dog, asleep\n1.jpg\ta cat\n0.jpg\tone dog\n"),
+    ],
+)
+def test_a_table_is_a_list(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())  # a spreadsheet's mark of UTF-8
+    items = list_items(tmp_path / name)
+    assert [(item.image, item.captions) for item in items] == [
+        ("0.jpg", ["a dog, asleep", "one dog"]),
+        ("1.jpg", ["a cat"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("picture,caption\n0.jpg,a dog\n", "column image or filepath or path, got picture, caption; .* commas"),
+        ("image\tcaption\n0.jpg\ta dog\n", "column image or filepath or path, got image\tcaption"),
+        ("", "got nothing"),
+        ("image,caption\n0.jpg,a dog, asleep\n", "line 2 has not as many fields as the header, 2"),
+        ("image,caption\n0.jpg,a dog\n1.jpg\n", "line 3 has not as many"),
+        ('image,caption\n0.jpg,"a dog\n', "are no table: unexpected end of data"),
+        (b"image,caption\n0.jpg,\xff\n", "are no table: 'utf-8'"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path, text, said):
+    (tmp_path / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=said):
+        list_items(tmp_path / "list.csv")
+
+
 def test_vizwiz_tables(tmp_path, pictures):
     tables = {
         "images": [{"id": 5, "file_name": "3.jpg"}],

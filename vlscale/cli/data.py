@@ -162,7 +162,8 @@ def lists(
     split: Annotated[str, typer.Option(help="First part of the shards' names.")] = "train",
     shard_size: ShardSize = 1_000,
 ) -> None:
-    """Shards of a list of {image, caption}, or of COCO's and VizWiz's tables; one sample a picture."""
+    """Shards of a list of {image, caption}, as JSON, .csv or .tsv, or of COCO's and VizWiz's tables; one sample a
+    picture."""
     from vlscale.data.importers import list_items, write_items
 
     _tell_import(out, write_items({split: list_items(annotations)}, image_root, out, shard_size=shard_size))

@@ -1,8 +1,10 @@
-"""Annotation files and folders of pictures to shards: Karpathy's splits, and lists of {image, caption}.
+"""Annotation files and folders of pictures to shards: Karpathy's splits, and lists of {image, caption}, as
+JSON or as a table with a header.
 
 An item is one picture with its captions; a picture that several entries of a list name becomes one sample.
 """
 
+import csv
 import itertools
 import json
 import os
@@ -20,6 +22,8 @@ from vlscale.progress import Progress
 
 _EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")  # a split, which becomes the name of a file
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_COLUMNS = {"image": ("image", "filepath", "path"), "caption": ("caption", "title", "text")}  # first that a table has
 _MOST_TOLD = 100  # skipped pictures that the log names
 _NO_EXTENSION = "jpg"  # readers go by the content; the name has to be one that they look for
 
@@ -72,8 +76,9 @@ def karpathy_items(path: str | Path, *, restval: bool = True) -> dict[str, list[
 
 
 def list_items(path: str | Path) -> list[Item]:
-    """Items of a list of {image, caption}, `caption` a text or a list of texts, `image_id` kept; VizWiz's file too."""
-    entries = _read(path)
+    """Items of a list of {image, caption}, `caption` a text or a list of texts, `image_id` kept; VizWiz's file too, and
+    the rows of a .csv or .tsv whose header names both, also as open_clip does (filepath, title)."""
+    entries = _rows(Path(path)) if Path(path).suffix.lower() in _TABLES else _read(path)
     if isinstance(entries, dict) and {"images", "annotations"} <= entries.keys():
         entries = _from_tables(path, entries)
     if not isinstance(entries, list):
@@ -168,6 +173,33 @@ def _from_tables(path: str | Path, entries: dict) -> list[dict]:
         raise ValueError(
             f"{path}: expected images with id and file_name, annotations with image_id and caption"
         ) from None
+
+
+def _rows(path: Path) -> list[dict]:
+    """A table as a list; a line has as many fields as its header."""
+    separator = _TABLES[path.suffix.lower()]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            header = list(reader.fieldnames or [])
+            rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise ValueError(f"annotations {path} cannot be read: {error.strerror}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"annotations {path} are no table: {error}") from None
+    chosen = {key: next((name for name in names if name in header), None) for key, names in _COLUMNS.items()}
+    for key, name in chosen.items():
+        if name is None:
+            raise ValueError(
+                f"{path}: expected a header with a column {' or '.join(_COLUMNS[key])}, got "
+                f"{', '.join(header) or 'nothing'}; separated by {'tabs' if separator == chr(9) else 'commas'}"
+            )
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}: line {line} has not as many fields as the header, {len(header)}; quote its texts"
+            )
+    return [{key: row[name] for key, name in chosen.items()} for _, row in rows]
 
 
 def _read(path: str | Path) -> Any:
