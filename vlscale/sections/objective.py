@@ -94,9 +94,7 @@ class MetaConfig(Section):
     """CoVLR's meta step: consistency at theta, relations at theta' = theta - a grad(consistency)."""
 
     mode: Literal["joint", "heads", "first_order", "finite_difference"] = "joint"  # joint: theta' = theta
-    inner_lr: float | None = Field(
-        None, ge=0
-    )  # null, in `parameter`: 0.02 for heads, 0.001 where everything is shifted
+    inner_lr: float | None = Field(None, ge=0)  # null: 0.02 for heads, 0.001 where everything is shifted
     inner_lr_unit: Literal["absolute", "gradient", "parameter"] = "parameter"
     # absolute: a = inner_lr; gradient: the shift is inner_lr long; parameter: inner_lr times as long as what it shifts
     test_batch: Literal["same", "next"] = "same"  # the batch whose relations are looked at at theta'
