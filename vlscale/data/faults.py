@@ -1,5 +1,7 @@
 """What can be wrong with data: one sample (skipped, counted, named) or a whole shard (the run stops)."""
 
+MOST_TOLD = 100  # samples or pictures that the log names; it says how many more there are
+
 
 class BadSample(ValueError):
     """A sample that cannot train. `kind` is a short word for counting; the message says what was found."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlscale.data.faults import MOST_TOLD
 from vlscale.data.folders import new_folder
 from vlscale.data.writer import write_shard
 from vlscale.logging import get_logger
@@ -24,7 +25,6 @@ _EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")  # a split, which becomes the name of a file
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _COLUMNS = {"image": ("image", "filepath", "path"), "caption": ("caption", "title", "text")}  # first that a table has
-_MOST_TOLD = 100  # skipped pictures that the log names
 _NO_EXTENSION = "jpg"  # readers go by the content; the name has to be one that they look for
 
 
@@ -43,9 +43,9 @@ class ImportCount:
 
     def tell(self, image: str, why: str) -> None:
         skipped = len(self.missing) + self.captionless
-        if skipped <= _MOST_TOLD:
+        if skipped <= MOST_TOLD:
             get_logger().warning("skipped %s: %s", image, why)
-        elif skipped == _MOST_TOLD + 1:
+        elif skipped == MOST_TOLD + 1:
             get_logger().warning("more are skipped, which the last line counts")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlscale.data.faults import BadShard, DamagedShard
+from vlscale.data.faults import MOST_TOLD, BadShard, DamagedShard
 from vlscale.data.pipes import discard_copy, is_pipe, open_source, pipe_stamp
 from vlscale.data.shard_index import ShardIndex, ShardSummary, load_summary
 from vlscale.data.storage import partial_of, scheme_of, stamp
@@ -26,7 +26,6 @@ from vlscale.sections import DataConfig
 
 INDEX_FOLDER = ".vlscale-index"
 _ENOUGH = 100  # shards without any sample: it is not they that are wrong
-_MOST_TOLD = 100  # left-out samples that the log names
 DAMAGED = "damaged"  # in place of the digest of a shard that is left out
 
 
@@ -73,12 +72,18 @@ def member_keys(data: DataConfig) -> MemberKeys:
 
 
 def build_manifest(
-    shards: list[str], data: DataConfig, *, first: int = 0, on_shard: Callable[[int], None] = lambda samples: None
+    shards: list[str],
+    data: DataConfig,
+    *,
+    first: int = 0,
+    tell: bool = True,
+    on_shard: Callable[[int], None] = lambda samples: None,
 ) -> Manifest:
     """Indexes what is not indexed yet and puts the shards together.
 
     `first` is the shard to begin with: ranks that begin at different ones share the work, since each takes what
-    another has finished. `on_shard` is told the samples of every shard as it is done.
+    another has finished. `tell`: whether the log says what was left out. `on_shard` is told the samples of every shard
+    as it is done.
     """
     known = _remembered(shards, data)
     found: dict[int, tuple[ShardSummary, Path]] = {}
@@ -97,7 +102,9 @@ def build_manifest(
     )
     if len(known) < len(shards) > 1:
         _remember(manifest, summaries, data)
-    _tell(manifest, summaries, data)
+    _check_not_empty(summaries, data, str(len(summaries)))
+    if tell:
+        _tell(manifest, summaries)
     return manifest
 
 
@@ -206,15 +213,14 @@ def _places(url: str, keys: MemberKeys, folder: str | None) -> list[Path]:
     return [root / (beside if root.name == INDEX_FOLDER else located) for root in _folders(url, folder)]
 
 
-def _tell(manifest: Manifest, summaries: list[ShardSummary], data: DataConfig) -> None:
-    """A log line for each of the first left-out samples and for all by their reason; an error when nothing is left."""
-    _check_not_empty(summaries, data, str(len(summaries)))
+def _tell(manifest: Manifest, summaries: list[ShardSummary]) -> None:
+    """A log line for each of the first left-out samples and for all by their reason."""
     named = ((line, url) for summary, url in zip(summaries, manifest.urls, strict=True) for line in summary.named)
-    for line, url in islice(named, _MOST_TOLD):
+    for line, url in islice(named, MOST_TOLD):
         get_logger().warning("left out %s (%s)", line, url)
     if manifest.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.most_common())
-        more = f"; `vlscale data check` names more than {_MOST_TOLD}" if manifest.skipped.total() > _MOST_TOLD else ""
+        more = f"; `vlscale data check` names more than {MOST_TOLD}" if manifest.skipped.total() > MOST_TOLD else ""
         get_logger().warning("left out when indexing: %s%s", reasons, more)
 
 

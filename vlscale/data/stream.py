@@ -15,20 +15,28 @@ from torch import Tensor
 from vlscale.data.ahead import Ahead
 from vlscale.data.batch import Batch, PackedPictures
 from vlscale.data.fast_tokens import TokenRows, state_of
+from vlscale.data.faults import MOST_TOLD
 from vlscale.data.images import ImageSpec, Piece
 from vlscale.data.lanes import LANE_STATE, StreamState, choose_lanes, merge_states
 from vlscale.data.loader import LoaderJob, Part, PartLoader, Views
-from vlscale.data.manifest import build_manifest
+from vlscale.data.manifest import Manifest, build_manifest
 from vlscale.data.tokens import padded, tokenise_and_count
 from vlscale.data.urls import expand_sources
 from vlscale.data.worker import WorkerPool
 from vlscale.logging import get_logger
 from vlscale.sections import DataConfig
 
-__all__ = ["StreamState", "TrainStream", "merge_states"]
+__all__ = ["StreamState", "TrainStream", "merge_states", "open_train_corpus"]
 
 _LONGEST = 512  # tokens, for tokenizers that name no length
-_MOST_TOLD = 100  # skipped samples that the log names
+
+
+def open_train_corpus(data: DataConfig, rank: int = 0, world_size: int = 1) -> Manifest:
+    """The shards of data.train, with the source of each where there are weights. Ranks share the indexing; the first
+    one says what was left out."""
+    shards, sources = expand_sources(data.train, pipes=data.pipes)
+    manifest = build_manifest(shards, data, first=len(shards) * rank // world_size, tell=rank == 0)
+    return manifest if data.weights is None else replace(manifest, sources=np.array(sources))
 
 
 class TrainStream:
@@ -36,7 +44,8 @@ class TrainStream:
 
     A state may hold more lanes than this rank's (`merge_states` of all ranks), so a run goes on at any world size that
     divides the lanes. `teacher_cache`: a folder of `vlscale data teach`, whose rows join the batches by sample key.
-    `device`: where batches go; for a GPU they are made in page-locked memory.
+    `device`: where batches go; for a GPU they are made in page-locked memory. `manifest`: what `open_train_corpus`
+    found, where that is known already.
     """
 
     def __init__(
@@ -55,15 +64,13 @@ class TrainStream:
         max_length: int | None = None,
         teacher_cache: str | None = None,
         device: torch.device | None = None,
+        manifest: Manifest | None = None,
     ):
         self.device = device or torch.device("cpu")
         self.data, self.spec, self.tokenizer = data, spec, tokenizer
         self.max_length = max_length or min(tokenizer.model_max_length, _LONGEST)
         lanes = choose_lanes(global_batch_size, world_size, data.lanes)
-        shards, sources = expand_sources(data.train, pipes=data.pipes)
-        self.manifest = build_manifest(shards, data, first=len(shards) * rank // world_size)
-        if data.weights is not None:
-            self.manifest = replace(self.manifest, sources=np.array(sources))
+        self.manifest = manifest or open_train_corpus(data, rank, world_size)
         if global_batch_size > self.manifest.num_samples:
             raise ValueError(
                 f"train.global_batch_size={global_batch_size} is larger than the corpus of {self.manifest.num_samples} "
@@ -165,10 +172,10 @@ class TrainStream:
     def _tell(self, faults: list[str]) -> None:
         """Each once, since a sample comes again in every epoch, and no more than anybody reads."""
         for fault in faults:
-            if fault in self._told or len(self._told) > _MOST_TOLD:
+            if fault in self._told or len(self._told) > MOST_TOLD:
                 continue
             self._told.add(fault)
-            if len(self._told) > _MOST_TOLD:
+            if len(self._told) > MOST_TOLD:
                 get_logger().warning("more are skipped: `skipped` in metrics.jsonl counts them, no more are named here")
             else:
                 get_logger().warning("skipped sample %s", fault)

@@ -11,7 +11,6 @@ import torch
 
 from vlscale.data.batch import Batch
 from vlscale.data.faults import UnreadableShard
-from vlscale.data.manifest import Manifest
 from vlscale.data.stream import StreamState, TrainStream
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
@@ -22,10 +21,6 @@ class AgreedStream:
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
         self._stream, self._ranks = stream, ranks
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._stream.manifest
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

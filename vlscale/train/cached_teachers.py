@@ -1,6 +1,8 @@
 """What a run asks of its teacher cache before anything else is built: that it is whole, and of these teachers."""
 
-from vlscale.data.samples import open_corpus
+from dataclasses import replace
+
+from vlscale.data.manifest import Manifest
 from vlscale.data.teacher_cache import BadTeacherCache, CacheHeader, read_header
 from vlscale.data.teacher_files import cache_place
 from vlscale.data.teacher_join import Lacking, check_cache, find_lacking
@@ -10,16 +12,16 @@ from vlscale.sections import AugmentConfig, Config, TeacherConfig
 from vlscale.train.frozen_teachers import difference, load_image_teacher, load_text_teacher
 
 
-def check_teacher_cache(config: Config, ranks: Ranks) -> CacheHeader | None:
-    """What the cache is of; None where there is none. Raises the same BadTeacherCache on every rank; the ranks share
-    the work."""
+def check_teacher_cache(config: Config, manifest: Manifest, ranks: Ranks) -> CacheHeader | None:
+    """What the corpus's cache is of; None where there is none. Raises the same BadTeacherCache on every rank; the
+    ranks share the work."""
     if config.teacher_cache is None:
         return None
     folder = cache_place(config.teacher_cache, config.data)
     header = read_header(folder)
     if config.data.augment != AugmentConfig():
         get_logger().info("%s: its teachers saw the pictures without data.augment", folder)
-    manifest = open_corpus(config.data.train, config.data, "data.train")
+    manifest = replace(manifest, sources=None)  # a cache is of shards, however they are mixed
     parts = ranks.gather_objects(find_lacking(folder, manifest, part=(ranks.rank, ranks.size)))
     check_cache(header, folder, config.data, manifest, Lacking.join(parts))
     changed = ranks.from_first(_changed_teachers(config.teacher, header) if ranks.first else None)

@@ -11,8 +11,8 @@ import torch
 
 from vlscale.config import read_tree
 from vlscale.data.batch import Batch
-from vlscale.data.manifest import Manifest
-from vlscale.data.samples import check_caption_field, open_corpus
+from vlscale.data.samples import check_caption_field
+from vlscale.data.stream import open_train_corpus
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
 from vlscale.models.hf_folder import save_folder
@@ -35,6 +35,7 @@ from vlscale.train.setup import (
     build_parts,
     build_probe,
     build_stream,
+    check_begun_data,
     check_same_data,
     check_teachers,
     claim_folder,
@@ -67,7 +68,6 @@ class Opened:
     engine: Engine
     checkpoints: Checkpoints
     restored: Restored | None
-    manifest: Manifest
     batches: Iterator[Batch]
 
     @property
@@ -92,10 +92,11 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     """From its newest complete checkpoint, of a step below `before`, or from the start. Nothing is written. `remote`:
     where its checkpoints are copied."""
     config, folder, ranks = job.config, job.folder, job.ranks
-    corpus = open_corpus(config.data.train, config.data, "data.train")
-    check_caption_field(corpus, config.data)  # what is wrong with it is said before a model is built
+    manifest = open_train_corpus(config.data, ranks.rank, ranks.size)
+    check_same_data(manifest, ranks)  # what is wrong with the data is said before a model is built
+    check_caption_field(manifest, config.data)
     check_monitors(config.log)
-    parts = build_parts(config, folder, ranks)
+    parts = build_parts(config, folder, ranks, manifest)
     engine = Engine(parts.model, config, ranks)
     layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
     facts = parts.stamp and {"teachers": stamp_facts(parts.stamp)}
@@ -103,10 +104,10 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     try:
         restored = checkpoints.load(before)
         stream = build_stream(config, parts, ranks, restored and restored.stream_state)
-        new = restored is None and config.data.changed_shards == "refuse"
-        check_same_data(stream.manifest, folder if new else None, ranks)
+        if restored is None and config.data.changed_shards == "refuse":
+            check_begun_data(manifest, folder, ranks)
         with closing(iter(stream)) as batches:
-            yield Opened(job, parts, engine, checkpoints, restored, stream.manifest, batches)
+            yield Opened(job, parts, engine, checkpoints, restored, batches)
     finally:
         checkpoints.close()
         engine.close()
@@ -144,7 +145,7 @@ def train_run(job: Job, *, resume: bool) -> None:
         try:
             with written_by_first(folder, ranks):
                 if ranks.first:
-                    claim_folder(folder, config, run.parts, run.manifest)
+                    claim_folder(folder, config, run.parts)
             _steps(run, chain([first], run.batches), watchdog)
             watchdog.enter("saving after the last", config.train.max_steps)
             run.save_model(folder / "final")

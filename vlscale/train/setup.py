@@ -16,8 +16,8 @@ from vlscale.data.batch import Batch
 from vlscale.data.images import ImageSpec, normalise
 from vlscale.data.lanes import StreamState, choose_lanes
 from vlscale.data.manifest import Manifest
-from vlscale.data.samples import read_samples
-from vlscale.data.stream import TrainStream
+from vlscale.data.samples import read_manifest
+from vlscale.data.stream import TrainStream, open_train_corpus
 from vlscale.data.teacher_cache import CacheHeader, read_header
 from vlscale.data.teacher_files import cache_place
 from vlscale.data.tokens import train_tokenizer
@@ -59,14 +59,16 @@ class Parts:
     model: DualEncoder
     teachers: Teachers | None
     inputs: Inputs
+    manifest: Manifest
     stamp: Stamp | None = None  # rank 0's, where there are teachers
 
 
-def claim_folder(folder: Path, config: Config, parts: Parts, manifest: Manifest) -> None:
+def claim_folder(folder: Path, config: Config, parts: Parts) -> None:
     """Makes the run's folder, once all that can be wrong has been found right: first the tokenizer, what is trained on
     and by which teachers, and last the resolved `config.yaml`, which is what makes it a run. One rank does."""
     folder.mkdir(parents=True, exist_ok=True)
     parts.tokenizer.save_pretrained(folder / TOKENIZER)
+    manifest = parts.manifest
     corpus = {"manifest": manifest.hash, "shards": len(manifest.urls), "samples": manifest.num_samples}
     texts = {CORPUS: json.dumps(corpus) + "\n"}
     if parts.stamp is not None:
@@ -109,6 +111,7 @@ def build_stream(config: Config, parts: Parts, ranks: Ranks, state: StreamState 
         teacher_cache=config.teacher_cache,
         state=state,
         device=ranks.device,
+        manifest=parts.manifest,
     )
     return AgreedStream(stream, ranks) if config.data.unreadable_shards == "quarantine" else stream
 
@@ -159,9 +162,8 @@ def _warn_if_weak(name: str, rows: torch.Tensor, objective: ObjectiveConfig, wei
         )  # fmt: skip
 
 
-def check_same_data(manifest: Manifest, begun: Path | None, ranks: Ranks) -> None:
-    """Every rank must see the same shards, or the global batches would not be what the seed says; and so must a run
-    that starts anew in a folder in which it had `begun`. A checkpoint knows its own."""
+def check_same_data(manifest: Manifest, ranks: Ranks) -> None:
+    """Every rank must see the same shards, or the global batches would not be what the seed says."""
     hashes = ranks.gather_objects(manifest.hash)
     other = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
     if other:
@@ -169,7 +171,12 @@ def check_same_data(manifest: Manifest, begun: Path | None, ranks: Ranks) -> Non
             f"data.train: rank {', '.join(map(str, other))} see other shards than rank 0: manifest {hashes[other[0]]}, "
             f"expected {hashes[0]}; give every machine the same files"
         )
-    before = ranks.gather_objects(_corpus_of(begun) if ranks.first and begun else None)[0]
+
+
+def check_begun_data(manifest: Manifest, begun: Path, ranks: Ranks) -> None:
+    """A run that starts anew in a folder in which it had `begun` must see the same shards too. A checkpoint knows its
+    own."""
+    before = ranks.from_first(_corpus_of(begun) if ranks.first else None)
     if before and before["manifest"] != manifest.hash:
         raise ValueError(
             f"cannot resume: the shards (their manifest) changed, {begun} began with {before['shards']} shards and "
@@ -186,10 +193,11 @@ def _corpus_of(folder: Path) -> dict | None:
         return None
 
 
-def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
-    """The same on every rank: weights are drawn from `train.seed`."""
-    header = check_teacher_cache(config, ranks)
-    tokenizer = build_tokenizer(config, folder, ranks)
+def build_parts(config: Config, folder: Path, ranks: Ranks, manifest: Manifest | None = None) -> Parts:
+    """The same on every rank: weights are drawn from `train.seed`. `manifest`: of data.train, where it is open."""
+    manifest = manifest or open_train_corpus(config.data, ranks.rank, ranks.size)
+    header = check_teacher_cache(config, manifest, ranks)
+    tokenizer = build_tokenizer(config, folder, manifest, ranks)
     tokenizer.model_max_length = config.model.text.max_length  # so that `final/` cuts where training did
     if config.model.text.config is not None:
         text = config.model.text
@@ -242,7 +250,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks) -> Parts:
     if config.data.decode == "device":
         _check_resample(inputs.teacher_spec, "the image teacher's processor")
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
-    return Parts(tokenizer, processor, spec, model, teachers, inputs, stamp)
+    return Parts(tokenizer, processor, spec, model, teachers, inputs, manifest, stamp)
 
 
 def gathered_anyway(config: Config) -> list[str]:
@@ -293,7 +301,7 @@ def _same_teachers(
     return stamp
 
 
-def build_tokenizer(config: Config, folder: Path, ranks: Ranks) -> PreTrainedTokenizerBase:
+def build_tokenizer(config: Config, folder: Path, manifest: Manifest, ranks: Ranks) -> PreTrainedTokenizerBase:
     """The one that this run began with, or the named one, or the starting point's, or one trained on the captions."""
     text, started = config.model.text, (folder / "config.yaml").is_file() and (folder / TOKENIZER).is_dir()
     own = str(folder / TOKENIZER) if started else None
@@ -303,7 +311,7 @@ def build_tokenizer(config: Config, folder: Path, ranks: Ranks) -> PreTrainedTok
     tokenizer = None
     if ranks.first:
         get_logger().info("training a tokenizer on the captions of data.train")
-        samples = islice(read_samples(config.data.train, config.data, what="data.train"), TOKENIZER_SAMPLES)
+        samples = islice(read_manifest(manifest, config.data), TOKENIZER_SAMPLES)
         captions = (caption for sample in samples for caption in sample.captions)
         tokenizer = train_tokenizer(captions, text.vocab_size, text.max_length)
     return ranks.from_first(tokenizer)
