@@ -16,19 +16,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import AutoModel, BertConfig, CLIPConfig, CLIPModel, Dinov2Config
 
 from tests.conftest import ROOT
-from tests.export.towers import TEXT, VISION
+from tests.export.towers import save_clip, save_dinov2, save_minilm
 from tests.forked import vlscale_command
 from vlscale.cli import main
 from vlscale.config import load_plan
 from vlscale.data.samples import read_samples
 from vlscale.data.tokens import train_tokenizer
 from vlscale.export.embed import EmbedRequest, open_job
-from vlscale.models.hf_folder import new_image_processor
 from vlscale.sections import DataConfig
 from vlscale.train.plan import train_plan
 
@@ -86,36 +83,14 @@ def karpathy(folder: Path, scenes) -> None:
     (folder / "flickr30k" / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
 
 
-def save(folder: Path, model, tokenizer=None, *, pictures: bool = True) -> None:
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if pictures:
-        new_image_processor(32, (0.5,) * 3, (0.5,) * 3).save_pretrained(folder)
-
-
-def clip(folder: Path, tokenizer) -> None:
-    """clip-vit-base-patch32/: as wide as the real one where a config has to say it, else small."""
-    torch.manual_seed(0)
-    own = {"vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": tokenizer.sep_token_id}
-    config = CLIPConfig(text_config=TEXT | own, vision_config=VISION, projection_dim=512)
-    save(folder / "clip-vit-base-patch32", CLIPModel(config), tokenizer)
-
-
-def teachers(folder: Path, tokenizer) -> None:
-    torch.manual_seed(0)
-    text = BertConfig(**TEXT | {"vocab_size": len(tokenizer), "max_position_embeddings": 80})
-    save(folder / "dinov2-base", AutoModel.from_config(Dinov2Config(**VISION)))
-    save(folder / "all-MiniLM-L6-v2", AutoModel.from_config(text), tokenizer, pictures=False)
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch, scenes, tokenizer) -> Path:
     """A folder with everything that a page may speak of, and the current one."""
     img2dataset(tmp_path, scenes)
     karpathy(tmp_path, scenes)
-    clip(tmp_path, tokenizer)
-    teachers(tmp_path, tokenizer)
+    save_clip(tmp_path / "clip-vit-base-patch32", tokenizer)
+    save_dinov2(tmp_path / "dinov2-base")
+    save_minilm(tmp_path / "all-MiniLM-L6-v2", tokenizer)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -187,7 +162,7 @@ def troubled(tmp_path_factory, scenes, tokenizer, corpus, tiny_config) -> Path:
     place = tmp_path_factory.mktemp("troubled")
     img2dataset(place, scenes)
     karpathy(place, scenes)
-    clip(place, tokenizer)
+    save_clip(place / "clip-vit-base-patch32", tokenizer)
     (place / "pickled").mkdir()
     (place / "pickled" / "pytorch_model.bin").touch()
     recipe = yaml.safe_load(tiny_config.read_text())

@@ -1,5 +1,5 @@
-"""The cheap recipes, run as a user runs them: the quick demo through DeepSpeed's launcher, the emoji twin on real
-data."""
+"""The recipes, run as a user runs them: the quick demo through DeepSpeed's launcher, the emoji twin on real data, those
+of checkpoints unchanged on small folders of the same names, and their twins."""
 
 import json
 import subprocess
@@ -7,12 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from tests.export.towers import save_clip, save_dinov2, save_minilm
 from vlscale.config import load_plan
+from vlscale.data.samples import read_samples
+from vlscale.data.tokens import train_tokenizer
+from vlscale.sections import DataConfig
 from vlscale.train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-TWINS = {"demo": "demo-quick", "emoji": "emoji-cpu", "rvlr-official": "rvlr-official-cpu"}
+TWINS = {
+    "demo": "demo-quick",
+    "emoji": "emoji-cpu",
+    "rvlr-official": "rvlr-official-cpu",
+    "clip-finetune": "clip-finetune-cpu",
+    "lit": "lit-cpu",
+}
 
 
 def vlscale(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -108,3 +119,71 @@ def test_the_emoji_recipe_asks_for_its_data(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "data.train is not set: give the training shards" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, corpus) -> Path:
+    """A folder in which the names that the recipes give are small models of the same kinds."""
+    place = tmp_path_factory.mktemp("hub")
+    scenes = read_samples([f"{corpus}/train-*.tar"], DataConfig(caption_key="json:captions"))
+    tokenizer = train_tokenizer((c for sample in scenes for c in sample.captions), vocab_size=200, max_length=77)
+    save_clip(place / "openai" / "clip-vit-base-patch32", tokenizer)
+    save_dinov2(place / "facebook" / "dinov2-base")
+    save_minilm(place / "sentence-transformers" / "all-MiniLM-L6-v2", tokenizer, initializer_range=0.3)
+    return place
+
+
+SHORT = ["optim.warmup_steps=1", "train.max_steps=4", "train.global_batch_size=16", "eval.every=null", "data.workers=0"]
+SHORT += ["engine.dtype=fp32", "engine.threads=1", "log.diagnostics_every=null", "data.caption_key=json:captions"]
+UNLOCKED = ["model.locked=[]", "optim.unlock_after={vision: 2}", "optim.layer_decay=0.75"]
+UNLOCKED += ["objective.relation_weight_image=0.1"]  # as lit.yaml's head says
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "learns"),
+    [
+        ("clip-finetune", [], {"vision": True, "text": True}),
+        ("lit", [], {"vision": False, "text": True}),
+        ("lit", UNLOCKED, {"vision": True, "text": True}),
+    ],
+    ids=["clip-finetune", "lit", "lit, unlocked"],
+)
+def test_a_recipe_starts_from_the_checkpoints_it_names(hub, corpus, tmp_path, recipe, changes, learns):
+    config = ROOT / "configs" / f"{recipe}.yaml"
+    arguments = [f"data.train={corpus}/train-*.tar", *SHORT, *changes]
+    done = vlscale("train", str(config), "--out", str(tmp_path / "run"), *arguments, cwd=hub)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert ("relation_image" in lines[0]) == learns["vision"] and "relation_text" in lines[0]
+    if recipe == "clip-finetune":  # no dropout: the copy is the model as it starts
+        assert max(lines[0]["relation_image"], lines[0]["relation_text"]) < 1e-6
+    (plan,) = load_plan(config, arguments)
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for tower, source in (("vision", plan.config.model.vision.source), ("text", plan.config.model.text.source)):
+        given = load_file(hub / source / "model.safetensors")
+        given = {name.removeprefix(f"{tower}_model."): value for name, value in given.items()}
+        parts = {key: key.removeprefix(f"{tower}_model.") for key in final if key.startswith(f"{tower}_model.")}
+        furthest = max((final[key] - given[part]).abs().max().item() for key, part in parts.items())
+        assert (0 < furthest < 5 * plan.config.optim.lr) if learns[tower] else furthest == 0, tower
+
+
+@pytest.mark.parametrize(("twin", "stage"), [("clip-finetune-cpu", "checkpoint"), ("lit-cpu", "towers")])
+def test_the_twins_of_checkpoints_learn_from_what_their_first_stage_made(tmp_path, twin, stage):
+    scenes = tmp_path / "scenes"
+    made = vlscale("data", "synth", str(scenes), "--pairs", "2000", "--val-pairs", "200", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    arguments = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar"]
+    arguments += ["engine.threads=1"]
+    done = vlscale("train", str(ROOT / "configs" / f"{twin}.yaml"), "--out", "run", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = tmp_path / "run"
+    before, after = (json.loads((folder / "eval.json").read_text())["metrics"] for folder in (run / stage, run))
+    assert (
+        after["rsum"]["low"] > before["rsum"]["high"]
+        if twin == "lit-cpu"
+        else after["rsum"]["value"] > before["rsum"]["value"]
+    )
+    towers = [load_file(folder / "final" / "model.safetensors") for folder in (run / stage, run)]
+    same = {name: bool((towers[0][name] == towers[1][name]).all()) for name in towers[1] if "layers.0" in name}
+    locked = {name for name, equal in same.items() if equal}
+    assert locked == ({name for name in same if name.startswith("vision_model.")} if twin == "lit-cpu" else set())
