@@ -1,5 +1,7 @@
 """Files that commands write at their end: found to be impossible before the work, not after it."""
 
+from pathlib import Path
+
 import pytest
 
 from vlscale.cli import main
@@ -15,6 +17,8 @@ def test_the_folder_is_made_and_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--json .*its folder cannot be made \(Not a directory\); name another"):
         prepare("--json", tmp_path / "file/below/x.json")
+    with pytest.raises(ValueError, match=r"--json /proc/x\.json: its folder takes no files \(.*\); name another"):
+        prepare("--json", Path("/proc/x.json"))  # whatever permissions say
 
 
 @pytest.mark.parametrize(

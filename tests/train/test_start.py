@@ -2,12 +2,14 @@
 
 import shutil
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.train.launcher import launch
+from vlscale.cli import main
 from vlscale.config import load_plan
 from vlscale.train.plan import train_plan
 
@@ -46,3 +48,37 @@ def test_what_was_left_out_is_told_once_by_two_ranks(tiny_config, faulty, tmp_pa
     assert done.returncode == 0, done.stderr[-4000:]
     told = left_out(done.stderr + done.stdout)
     assert len(told) == 2 and set(told.values()) == {1}, told
+
+
+UNWRITABLE = "/proc/vlscale/run"  # which no user can make, whatever permissions say
+
+
+def test_an_out_that_no_permission_tells_of_is_found_before_a_model_is_built(
+    tiny_config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("vlscale.train.loop.open_run", lambda *given, **named: pytest.fail("a run was opened"))
+    for out in (UNWRITABLE, str(tmp_path / ("x" * 300))):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(tiny_config), "--out", out])
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 2 and line.endswith("; choose another --out") and f"output folder {out}" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_later_run_is_tried_before_the_first_one_trains(tiny_config, tmp_path):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(f"base: {tiny_config}\nvariants: {{one: {{}}, two: {{}}}}\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "two").touch()
+    with pytest.raises(ValueError, match=r"output folder .*/out/two cannot be written: .*; choose another --out"):
+        train_plan(load_plan(recipe, []), out, resume=False)
+    assert [path.name for path in out.iterdir()] == ["two"], "what was tried left nothing behind"
+
+
+def test_two_ranks_end_together_where_out_cannot_be_written(tiny_config):
+    started = time.monotonic()
+    done = launch(Path(tiny_config), Path(UNWRITABLE))
+    lines = [line for line in (done.stderr + done.stdout).splitlines() if "error: " in line]
+    assert done.returncode != 0 and f"output folder {UNWRITABLE} cannot be written" in lines[0]
+    assert "Traceback" not in done.stderr and time.monotonic() - started < 120

@@ -1,6 +1,6 @@
 """Files that a command writes when its work is done: whether it can, is found before."""
 
-import os
+import tempfile
 from pathlib import Path
 
 
@@ -14,5 +14,8 @@ def prepare(option: str, path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{option} {path}: its folder cannot be made ({error.strerror}); name another") from None
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {path}: {path.parent} is read-only for this user; name another folder")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".vlscale-"):
+            pass
+    except OSError as error:  # permissions alone do not tell of a full disk or a server's own rules
+        raise ValueError(f"{option} {path}: its folder takes no files ({error.strerror}); name another") from None

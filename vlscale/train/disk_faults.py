@@ -4,10 +4,10 @@ Weights are never given up for a line of a log: a line that cannot be written wa
 left out with a warning (`optional`). A checkpoint that cannot be written is dealt with by `train.disk_full`.
 """
 
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,17 +29,24 @@ class CannotWrite(OSError):
     """Raised on all ranks together."""
 
 
-def check_writable(folder: Path, ranks: Ranks) -> None:
-    """Before anything is built or written: whether the run's folder, or the nearest one above it, takes files."""
-    there = next((each for each in (folder, *folder.absolute().parents) if each.exists()), folder)
-    fault = None
-    if not there.is_dir():
-        fault = f"{there} is a file"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        fault = f"{there} is read-only for this user"
-    fault = ranks.from_first(fault)
-    if fault is not None:
-        raise ValueError(f"output folder {folder} cannot be written: {fault}; choose another --out")
+def check_writable(folder: Path) -> None:
+    """Before anything is built: raises ValueError unless the run's folder takes a file. Tried, since permissions do not
+    tell of a full disk, a quota or a server's own rules; nothing is left behind."""
+    made: list[Path] = []
+    try:
+        missing = [each for each in (folder, *folder.absolute().parents) if not each.exists()]
+        for each in reversed(missing):
+            each.mkdir()
+            made.append(each)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".vlscale-") as file:
+            file.write(b" ")
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"output folder {folder} cannot be written: {told(error)}; choose another --out") from None
+    finally:
+        for each in reversed(made):
+            with suppress(OSError):
+                each.rmdir()
 
 
 @contextmanager

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import torch
 
-from vlscale.config import STAGE_PREFIX, PlannedRun
+from vlscale.config import PlannedRun
 from vlscale.data.faults import BadShard
 from vlscale.data.lanes import choose_lanes
 from vlscale.data.storage import open_shard
 from vlscale.data.urls import expand
 from vlscale.models.dual_encoder import final_folder
+from vlscale.models.hub_names import check_source
 from vlscale.models.towers import check_weights
 from vlscale.sections import Config
 from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.doctor import Finding
+from vlscale.train.sources import named_models
 
 LOOKED_INTO = 3  # shards that are opened: the first, the middle, the last
 BLOCK = 512  # bytes of a tar's block
@@ -40,8 +42,8 @@ def _examine_run(run: PlannedRun, world_size: int) -> list[Finding]:
     }
     if config.data.val is not None:
         checks["data.val"] = lambda: _shards("data.val", config.data.val, config)
-    for name, source in _folders(config).items():
-        checks[name] = lambda source=source: _folder(source)
+    for name, source in named_models(config).items():
+        checks[name] = lambda name=name, source=source: _model(name, source)
     checks[f"engine.dtype{own}"] = lambda: _dtype(config)
     checks[f"objective.impl{own}"] = lambda: _impl(config)
     return [_said(name, check) for name, check in checks.items()]
@@ -84,21 +86,11 @@ def _shards(what: str, urls: list[str] | None, config: Config) -> str:
     return f"{len(shards)} shards, {min(LOOKED_INTO, len(shards))} opened"
 
 
-def _folders(config: Config) -> dict[str, str]:
-    """Every model that the config names, but for those that a stage makes."""
-    named = {
-        "model.vision.source": config.model.vision.source,
-        "model.text.source": config.model.text.source,
-        "model.init_from": config.model.init_from,
-    }
-    if config.teacher.source == "hf":
-        named |= {"teacher.image": config.teacher.image, "teacher.text": config.teacher.text}
-    return {name: source for name, source in named.items() if source and not source.startswith(STAGE_PREFIX)}
-
-
-def _folder(source: str) -> str:
+def _model(name: str, source: str) -> str:
     folder = final_folder(source)
-    check_weights(folder)
+    check_source(name, folder)
+    if name != "model.text.tokenizer":
+        check_weights(folder)
     return folder if Path(folder).is_dir() else f"{folder}, from the hub when the run starts"
 
 

@@ -24,7 +24,7 @@ from vlscale.train.checkpoint import Checkpoints, Layout, Restored
 from vlscale.train.checkpoint_folder import CHECKPOINTS
 from vlscale.train.checkpoint_remote import Remote, open_remote
 from vlscale.train.diagnostics import Diagnostics
-from vlscale.train.disk_faults import CannotWrite, check_writable, optional, stop, written_by_first
+from vlscale.train.disk_faults import CannotWrite, optional, stop, written_by_first
 from vlscale.train.engine import Engine
 from vlscale.train.frozen_teachers import stamp_facts
 from vlscale.train.key_hash import batch_facts
@@ -113,6 +113,10 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
         engine.close()
 
 
+def is_complete(folder: Path) -> bool:
+    return (folder / "final").is_dir()
+
+
 def _asked_beyond(folder: Path, config: Config) -> str:
     """A finished run is never trained on, which who asks for more of its steps has to hear."""
     made = folder / "config.yaml"
@@ -128,10 +132,9 @@ def _asked_beyond(folder: Path, config: Config) -> str:
 def train_run(job: Job, *, resume: bool) -> None:
     """Train to `train.max_steps`; a run whose `final/` exists is complete and left alone."""
     config, folder, ranks, name = job.config, job.folder, job.ranks, job.name
-    if resume and (folder / "final").is_dir():
+    if resume and is_complete(folder):
         get_logger().info("%s: complete, nothing to do%s", name, _asked_beyond(folder, config))
         return
-    check_writable(folder, ranks)
     remote = open_remote(folder / CHECKPOINTS, config.train, name, ranks, resume=resume)
     timeouts = config.engine.timeout_seconds, min(config.engine.timeout_seconds, config.engine.warm_timeout_seconds)
     with (

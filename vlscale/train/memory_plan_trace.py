@@ -31,6 +31,7 @@ from vlscale.models.dual_encoder import DualEncoder
 from vlscale.models.fused_pairs import Fused, Fusing, Masked, fuse_chunk
 from vlscale.models.fusion import FusionEncoder, config_for, upper_layers
 from vlscale.models.hf_folder import load_tokenizer
+from vlscale.models.hub_names import check_source
 from vlscale.models.masked_head import MaskedHead
 from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.models.towers import Modality, image_size, one_line, set_dropout
@@ -261,6 +262,8 @@ def _skeleton(config: Config, *, fusing: bool = False) -> DualEncoder:
 def _fusion(config: Config, vision: PreTrainedModel) -> FusionEncoder:
     fusion, text, source = config.model.fusion, _tower_config("text", config), None
     if fusion.config is None:
+        if fusion.source != "text":
+            check_source("model.fusion.source", fusion.source)
         source = text if fusion.source == "text" else AutoConfig.from_pretrained(fusion.source)
         source = getattr(source, "text_config", source)
     widths = text.hidden_size, siglip.pooled_width(vision)
@@ -286,6 +289,8 @@ def _tower_config(modality: Modality, config: Config) -> PretrainedConfig:
     key = f"model.{modality}"
     if (section.source is None) == (section.config is None):
         raise ValueError(f"{key}: expected exactly one of {key}.source and {key}.config, got neither or both")
+    if section.source is not None:
+        check_source(f"{key}.source", section.source)
     try:
         if section.source is not None:
             found = AutoConfig.from_pretrained(section.source)
@@ -301,6 +306,8 @@ def _tower_config(modality: Modality, config: Config) -> PretrainedConfig:
 
 def _fitted(text: TextConfig) -> dict:
     """Room for the tokenizer; one that is still to be trained takes at most `vocab_size` ids."""
+    if text.tokenizer:
+        check_source("model.text.tokenizer", text.tokenizer)
     size = len(load_tokenizer(text.tokenizer)) if text.tokenizer else text.vocab_size
     return {"max_position_embeddings": text.max_length + 2} | text.config | {"vocab_size": size}
 

@@ -3,30 +3,59 @@
 from pathlib import Path
 
 from vlscale.config import STAGE_PREFIX, PlannedRun
+from vlscale.distributed import Ranks
 from vlscale.models.hf_folder import quiet
 from vlscale.sections import Config
+from vlscale.train.disk_faults import check_writable, told
 from vlscale.train.engine import start_ranks
-from vlscale.train.loop import Job, train_run
+from vlscale.train.loop import Job, is_complete, train_run
 from vlscale.train.setup import check_sizes
+from vlscale.train.sources import check_models
 
 
 def train_plan(plan: list[PlannedRun], out: Path, *, resume: bool) -> None:
     """Train every run of the plan, in order, under `out`. With `resume`, complete runs are left alone and the first
     incomplete one continues."""
-    if out.is_file():
-        raise ValueError(f"output folder {out} is a file; choose another --out")
-    used = [out / run.name for run in plan if (out / run.name / "config.yaml").exists()]
-    if used and not resume:
-        raise ValueError(
-            f"output folder {used[0]} already holds a run; continue it with --resume or choose another --out"
-        )
+    _check_out(plan, out, resume)
     runs = [(run.name, with_stage_folders(run, plan, out)) for run in plan]
     for _, config in runs:
         check_sizes(config)
     quiet()
     ranks = start_ranks(runs[0][1].engine)
+    _check_places(plan, out, ranks)
     for name, config in runs:
         train_run(Job(config, out / name, ranks, name or out.name), resume=resume)
+
+
+def _check_out(plan: list[PlannedRun], out: Path, resume: bool) -> None:
+    try:
+        used = [out / run.name for run in plan if (out / run.name / "config.yaml").exists()]
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"output folder {out} cannot be used: {told(error)}; choose another --out") from None
+    if out.is_file():
+        raise ValueError(f"output folder {out} is a file; choose another --out")
+    if used and not resume:
+        raise ValueError(
+            f"output folder {used[0]} already holds a run; continue it with --resume or choose another --out"
+        )
+
+
+def _check_places(plan: list[PlannedRun], out: Path, ranks: Ranks) -> None:
+    """Before anything heavy, for every run that is not complete: that its folder takes files, and that the models which
+    it starts from are there. The first rank looks, and all raise the same ValueError."""
+    fault = None
+    if ranks.first:
+        try:
+            todo = [run for run in plan if not is_complete(out / run.name)]
+            for run in todo:
+                check_writable(out / run.name)
+            for run in todo:
+                check_models(run.config, made_under=out)
+        except ValueError as error:
+            fault = str(error)
+    fault = ranks.from_first(fault)
+    if fault is not None:
+        raise ValueError(fault)
 
 
 def with_stage_folders(run: PlannedRun, plan: list[PlannedRun], out: Path) -> Config:
