@@ -10,7 +10,7 @@ import pytest
 
 from tests.train.launcher import launch
 from vlscale.cli import main
-from vlscale.config import load_plan
+from vlscale.config import dump, load_plan
 from vlscale.train.plan import train_plan
 
 EVERY_READER = [  # of the corpus at the start: the tokenizer, the teachers' reliability, the probe, the stream
@@ -82,3 +82,42 @@ def test_two_ranks_end_together_where_out_cannot_be_written(tiny_config):
     lines = [line for line in (done.stderr + done.stdout).splitlines() if "error: " in line]
     assert done.returncode != 0 and f"output folder {UNWRITABLE} cannot be written" in lines[0]
     assert "Traceback" not in done.stderr and time.monotonic() - started < 120
+
+
+def finished(tiny_config: Path, run: Path, *overrides: str) -> None:
+    """A run that says of itself that it was made with these."""
+    (run / "final").mkdir(parents=True)
+    (config,) = load_plan(tiny_config, list(overrides))
+    (run / "config.yaml").write_text(dump(config.config))
+
+
+def resumed(tiny_config: Path, run: Path, caplog, *overrides: str) -> str:
+    caplog.clear()
+    train_plan(load_plan(tiny_config, list(overrides)), run, resume=True)
+    (line,) = [message for message in caplog.messages if message.startswith("run: complete")]
+    return line.removeprefix("run: complete, nothing to do")
+
+
+def test_what_a_finished_run_is_asked_to_do_otherwise_is_told(tiny_config, tmp_path, caplog):
+    run = tmp_path / "run"
+    finished(tiny_config, run, "optim.lr=0.001")
+    assert resumed(tiny_config, run, caplog) == ""
+    assert resumed(tiny_config, run, caplog, "optim.lr=0.01") == (
+        ": it ended after 6 steps, and optim.lr=0.01 (it has 0.001) takes another run, with --out elsewhere and "
+        f"model.init_from={run}"
+    )
+    line = resumed(tiny_config, run, caplog, "train.max_steps=3", "model.fusion={source: text}", "optim.lr=2")
+    assert "model.fusion={config: null, layers: null, source: text} (it has null), optim.lr=2.0 (it has" in line
+    assert "train.max_steps=3 take another run" in line
+    many = [f"data.{key}=7" for key in ("lanes", "workers", "prefetch", "window", "max_repeats", "cache_gb")]
+    assert ", 2 more take another run" in resumed(tiny_config, run, caplog, *many)
+
+
+def test_other_spellings_and_older_files_are_no_difference(tiny_config, tmp_path, caplog, monkeypatch):
+    run = tmp_path / "run"
+    finished(tiny_config, run, "data.train=shards/train-*.tar", "data.manifest_dir=index")
+    monkeypatch.chdir(tmp_path)
+    given = [f"data.train={tmp_path}/shards/train-*.tar", "data.manifest_dir=./index"]
+    assert resumed(tiny_config, run, caplog, *given) == ""
+    (run / "config.yaml").write_text("optim: {name: sgd}")
+    assert ": it has ended, and optim.name=adamw (it has sgd) takes" in resumed(tiny_config, run, caplog, "optim.lr=3")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from vlscale.config import read_tree
 from vlscale.data.batch import Batch
 from vlscale.data.samples import check_caption_field
 from vlscale.data.stream import open_train_corpus
@@ -26,6 +25,7 @@ from vlscale.train.checkpoint_remote import Remote, open_remote
 from vlscale.train.diagnostics import Diagnostics
 from vlscale.train.disk_faults import CannotWrite, optional, stop, written_by_first
 from vlscale.train.engine import Engine
+from vlscale.train.finished import asked_otherwise, is_complete
 from vlscale.train.frozen_teachers import stamp_facts
 from vlscale.train.key_hash import batch_facts
 from vlscale.train.metrics_file import MetricsFile
@@ -113,27 +113,11 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
         engine.close()
 
 
-def is_complete(folder: Path) -> bool:
-    return (folder / "final").is_dir()
-
-
-def _asked_beyond(folder: Path, config: Config) -> str:
-    """A finished run is never trained on, which who asks for more of its steps has to hear."""
-    made = folder / "config.yaml"
-    done = read_tree(made).get("train", {}).get("max_steps") if made.is_file() else None
-    if done is None or config.train.max_steps <= done:
-        return ""
-    return (
-        f": it ended after {done} steps, and train.max_steps={config.train.max_steps} takes another run, "
-        f"with --out elsewhere and model.init_from={folder}"
-    )
-
-
 def train_run(job: Job, *, resume: bool) -> None:
     """Train to `train.max_steps`; a run whose `final/` exists is complete and left alone."""
     config, folder, ranks, name = job.config, job.folder, job.ranks, job.name
     if resume and is_complete(folder):
-        get_logger().info("%s: complete, nothing to do%s", name, _asked_beyond(folder, config))
+        get_logger().info("%s: complete, nothing to do%s", name, asked_otherwise(folder, config))
         return
     remote = open_remote(folder / CHECKPOINTS, config.train, name, ranks, resume=resume)
     timeouts = config.engine.timeout_seconds, min(config.engine.timeout_seconds, config.engine.warm_timeout_seconds)

@@ -8,7 +8,8 @@ from vlscale.models.hf_folder import quiet
 from vlscale.sections import Config
 from vlscale.train.disk_faults import check_writable, told
 from vlscale.train.engine import start_ranks
-from vlscale.train.loop import Job, is_complete, train_run
+from vlscale.train.finished import is_complete
+from vlscale.train.loop import Job, train_run
 from vlscale.train.setup import check_sizes
 from vlscale.train.sources import check_models
 
