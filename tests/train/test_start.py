@@ -109,7 +109,7 @@ def test_what_a_finished_run_is_asked_to_do_otherwise_is_told(tiny_config, tmp_p
     line = resumed(tiny_config, run, caplog, "train.max_steps=3", "model.fusion={source: text}", "optim.lr=2")
     assert "model.fusion={config: null, layers: null, source: text} (it has null), optim.lr=2.0 (it has" in line
     assert "train.max_steps=3 take another run" in line
-    many = [f"data.{key}=7" for key in ("lanes", "workers", "prefetch", "window", "max_repeats", "cache_gb")]
+    many = [f"data.{key}=16" for key in ("lanes", "workers", "prefetch", "window", "max_repeats", "cache_gb")]
     assert ", 2 more take another run" in resumed(tiny_config, run, caplog, *many)
 
 
