@@ -19,22 +19,19 @@ def search(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a gallery to this file.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="Shards with its pictures; the index's own by default.")
+        list[str] | None, typer.Option(help="Shards or folder with its pictures; the index's own by default.")
     ] = None,
 ) -> None:
     """The nearest pictures or captions, exactly, best first; with --rerank, as the fusion encoder orders them."""
-    from functools import partial
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from vlscale.export import search as searching
-    from vlscale.export.gallery import find_pictures, write_gallery
+    from vlscale.export.gallery import picture_finder, write_gallery
     from vlscale.export.index_file import read_index
     from vlscale.export.loaded import load_model
     from vlscale.export.rerank import reranked_search
-    from vlscale.sections import DataConfig
 
     if of not in list(searching.Of):
         raise ValueError(f"--of {of}: expected {', '.join(searching.Of)}")
@@ -43,12 +40,10 @@ def search(
     found = read_index(index)
     loaded = load_model(model)
     searching.check_model(loaded, found, index)
-    header = found.header
-    shards = DataConfig(caption_key=header.caption_key, image_keys=header.image_keys)
+    pictures = picture_finder(found.header, data)
     if rerank is None:
         hits = searching.search(loaded, found, asked, k=k, of=searching.Of(of))
     else:
-        pictures = partial(find_pictures, data or header.data, shards)
         hits = reranked_search(loaded, found, asked, pictures, rerank=rerank, k=k, of=searching.Of(of))
     table = Table("", "score", *([] if rerank is None else ["match"]), "of", "key", "caption")
     for place, hit in enumerate(hits, start=1):
@@ -57,6 +52,5 @@ def search(
         table.add_row(str(place), *(Text("".join(c if c.isprintable() else " " for c in word)) for word in words))
     Console(width=None if Console().is_terminal else 120).print(table)
     if html is not None:
-        pictures = find_pictures(data or header.data, shards, {hit.key for hit in hits})
-        write_gallery(html, asked, hits, pictures, Path(model).name, index.name)
+        write_gallery(html, asked, hits, pictures({hit.key for hit in hits}), Path(model).name, index.name)
         print(f"gallery: {html.resolve()}")

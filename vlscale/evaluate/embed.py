@@ -128,7 +128,7 @@ def decode_batch(
             images.append(torch.from_numpy(decode_eval(sample.image, preprocess.spec, max_pixels)).permute(2, 0, 1))
             read.append(sample)
         except BadSample as fault:
-            get_logger().warning("evaluation skips sample %s: %s", sample.key, fault)
+            get_logger().warning("skipped sample %s: %s", sample.key, fault)
     size = preprocess.spec.size
     pixels = torch.stack(images) if images else torch.zeros(1, 3, size, size, dtype=torch.uint8)
     return read, normalise(pixels.to(device), preprocess.spec)

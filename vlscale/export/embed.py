@@ -1,4 +1,4 @@
-"""`vlscale embed`: a corpus to an index file, part by part, resumable.
+"""`vlscale embed`: a corpus, or plain pictures and texts, to an index file, part by part, resumable.
 
     FILE                     complete, or not there
     .FILE.parts/header.json  what the parts are of
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from vlscale.data.manifest import Manifest
+from vlscale.data.plain_files import PlainFiles, plain_files
 from vlscale.data.samples import Sample, open_corpus, read_manifest
 from vlscale.evaluate.embed import embed_batch
 from vlscale.export.index_file import Header, Rows, check_format, read_header, write_index
@@ -45,6 +46,32 @@ class EmbedRequest:
     ranks: int = 1
     device: torch.device | None = None
     part: int = PART
+    images: Path | None = None  # a folder of pictures, in place of `data`
+    texts: Path | None = None  # a file of texts, one a line, likewise
+
+    @property
+    def named(self) -> list[str]:
+        """What is embedded, as it was named."""
+        return [*map(without_secrets, self.data), *(str(path) for path in (self.images, self.texts) if path)]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Samples of shards, as `PlainFiles` offers those of files."""
+
+    manifest: Manifest
+    data: DataConfig
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def hash(self) -> str:
+        return self.manifest.hash
+
+    def read(self, part: int, parts: int) -> Iterator[Sample]:
+        return read_manifest(self.manifest, self.data, shard=(part, parts))
 
 
 @dataclass
@@ -54,14 +81,14 @@ class EmbedJob:
     request: EmbedRequest
     model: LoadedModel
     data: DataConfig
-    manifest: Manifest
+    source: Shards | PlainFiles
     header: Header
     folder: Path
     complete: bool = False
     parts: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parts = -(-self.manifest.num_samples // self.request.part)
+        self.parts = -(-self.source.num_samples // self.request.part)
 
     @property
     def total(self) -> int:
@@ -105,7 +132,7 @@ class EmbedJob:
         _write(path, lambda partial: partial.write_text(self.header.to_json()))
 
     def _make(self, number: int, on_batch: Callable[[int], None]) -> None:
-        samples = read_manifest(self.manifest, self.data, shard=(number, self.parts))
+        samples = self.source.read(number, self.parts)
         rows = _embed_rows(
             self.model, samples, self.request.batch_size, self.data.max_pixels, self.header.dtype, on_batch
         )
@@ -114,8 +141,12 @@ class EmbedJob:
     def _put_together(self) -> None:
         while not all(map(self._is_there, range(self.parts))):
             time.sleep(_WAIT)
-        if not any(len(rows.keys) for rows in self._rows()):
-            raise ValueError(f"no sample of {' '.join(self.request.data)} could be read: nothing to embed")
+        made = sum(rows.samples for rows in self._rows())
+        if not made:
+            raise ValueError(f"no sample of {' '.join(self.request.named)} could be read: nothing to embed")
+        if made < self.source.num_samples:
+            lost, asked = self.source.num_samples - made, self.source.num_samples
+            get_logger().warning("left out %s of %s samples, which could not be read", f"{lost:,}", f"{asked:,}")
         whole = self.folder / f"whole{self.request.out.suffix}"  # among the parts: they are deleted together
         write_index(whole, self.header, self._rows)
         os.replace(whole, self.request.out)
@@ -128,7 +159,7 @@ class EmbedJob:
         return range(self.request.rank, self.parts, self.request.ranks)
 
     def _samples(self, numbers: Iterable[int]) -> int:
-        count, parts = self.manifest.num_samples, self.parts
+        count, parts = self.source.num_samples, self.parts
         return sum(count * (number + 1) // parts - count * number // parts for number in numbers)
 
     def _part(self, number: int) -> Path:
@@ -143,28 +174,42 @@ def open_job(request: EmbedRequest) -> EmbedJob:
     check_format(request.out)
     if request.dtype not in ("float16", "float32"):
         raise ValueError(f"--dtype {request.dtype}: expected float16 or float32")
+    if bool(request.data) == bool(request.images or request.texts):
+        both = "both" if request.data else "neither"
+        raise ValueError(f"expected shards (--data), or plain files (--images, --texts), got {both}")
+    plain = None if request.data else plain_files(request.images, request.texts)
+    if plain is not None:
+        _check_plain(request)
     model = load_model(request.model, request.device)
     data = model.config.data if model.config else DataConfig()
     if request.caption_key is not None:
         data = data.model_copy(update={"caption_key": request.caption_key})
-    manifest = open_corpus(request.data, data, "--data")
+    source = plain or Shards(open_corpus(request.data, data, "--data"), data)
     header = Header(
         model=request.model,
         model_hash=model.hash,
-        data=[without_secrets(url) for url in request.data],
-        data_hash=manifest.hash,
-        caption_key=data.caption_key,
-        image_keys=data.image_keys,
+        data=request.named,
+        data_hash=source.hash,
+        caption_key="" if plain else data.caption_key,
+        image_keys=[] if plain else data.image_keys,
         dtype=request.dtype,
         embed_dim=model.embed_dim,
+        pictures=None if request.images is None else str(request.images.resolve()),
     )
     folder = request.out.with_name(f".{request.out.name}.parts")
-    job = EmbedJob(request, model, data, manifest, header, folder)
+    job = EmbedJob(request, model, data, source, header, folder)
     if request.out.exists():
         if not read_header(request.out).same_content(header):
             raise ValueError(f"--out {request.out} exists and is of another model or data; choose another name")
         job.complete = True
     return job
+
+
+def _check_plain(request: EmbedRequest) -> None:
+    if request.caption_key is not None:
+        raise ValueError(f"--caption-key {request.caption_key} goes with --data; plain pictures have no captions")
+    if request.texts is not None and request.out.suffix == ".parquet":
+        raise ValueError(f"--texts: a row of {request.out} is a picture, and texts have none; name a .npz file")
 
 
 @torch.no_grad()
@@ -178,9 +223,13 @@ def _embed_rows(
 ) -> Rows:
     keys, captions, counts, image_emb, text_emb = [], [], [], [], []
     while batch := list(islice(samples, batch_size)):
-        found = embed_batch(model.encoder, batch, model.preprocess, model.device, max_pixels)
-        for rows, more in zip((keys, captions, counts, image_emb, text_emb), (*found[:2], *found[3:]), strict=True):
-            rows += more
+        if pictured := [sample for sample in batch if sample.key]:
+            found = embed_batch(model.encoder, pictured, model.preprocess, model.device, max_pixels)
+            for rows, more in zip((keys, captions, counts, image_emb, text_emb), (*found[:2], *found[3:]), strict=True):
+                rows += more
+        if texts := [caption for sample in batch if not sample.key for caption in sample.captions]:
+            captions += texts
+            text_emb += model.embed_texts(texts)
         on_batch(len(batch))
     return Rows(
         np.array(keys, dtype=str),

@@ -3,7 +3,8 @@
 import base64
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment
@@ -11,8 +12,10 @@ from PIL import Image
 
 from vlscale.data.faults import BadSample
 from vlscale.data.images import open_picture
+from vlscale.data.plain_files import read_pictures
 from vlscale.data.reader import SampleReader
 from vlscale.data.samples import open_corpus
+from vlscale.export.index_file import Header
 from vlscale.export.search import Hit, Query
 from vlscale.sections import DataConfig
 
@@ -42,15 +45,26 @@ small { opacity: .75; }
 <p><small>{{ model }} over {{ index }}; cosine similarity, best first.</small></p>
 <ol>
 {% for hit in hits %}<li>
-{% if pictures[hit.key] %}<img src="{{ pictures[hit.key] }}" alt="{{ hit.caption }}" loading="lazy">
-{% else %}<div class="none">no picture</div>
-{% endif %}<p>{{ hit.caption }}</p>
+{% if pictures[hit.key] %}<img src="{{ pictures[hit.key] }}" alt="{{ hit.caption or hit.key }}" loading="lazy">
+{% elif hit.key %}<div class="none">no picture</div>
+{% endif %}{% if hit.caption %}<p>{{ hit.caption }}</p>
+{% endif %}
 <p><small>{{ loop.index }} · {{ "%.4f" | format(hit.score) }} · {{ "picture" if hit.is_picture else "caption" }} ·
 {{ hit.key }}</small></p>
 </li>
 {% endfor %}</ol>
 </html>
 """
+
+
+def picture_finder(header: Header, data: list[str] | None) -> Callable[[Iterable[str]], dict[str, bytes]]:
+    """Where the pictures of an index's keys are: in `data`, or where they were embedded from."""
+    if header.pictures is not None:
+        return partial(read_pictures, Path(data[0] if data else header.pictures))
+    if not header.image_keys:  # texts alone
+        return lambda keys: {}
+    shards = DataConfig(caption_key=header.caption_key, image_keys=header.image_keys)
+    return partial(find_pictures, data or header.data, shards)
 
 
 def find_pictures(urls: list[str], data: DataConfig, keys: Iterable[str]) -> dict[str, bytes]:

@@ -2,8 +2,8 @@
 
     image_emb   (I, D) float16 or float32, rows of length one
     text_emb    (T, D) likewise
-    text_image  (T,) int64, the image each caption belongs to
-    keys        (I,) sample keys
+    text_image  (T,) int64, the image each caption belongs to; -1 for a text of its own
+    keys        (I,) sample keys; of pictures of a folder, their paths in it
     captions    (T,)
     header      JSON: model, model_hash, data, data_hash, ...
 
@@ -36,6 +36,7 @@ class Header:
     image_keys: list[str]
     dtype: str  # float16 | float32
     embed_dim: int
+    pictures: str | None = None  # the folder that keys are paths in; None: samples of shards, or texts alone
 
     def to_json(self) -> str:
         return json.dumps({"format": "vlscale index 1", **asdict(self)}, sort_keys=True)
@@ -43,23 +44,28 @@ class Header:
     @classmethod
     def from_json(cls, text: str) -> "Header":
         """Raises KeyError or ValueError for what is none."""
-        tree = json.loads(text)
+        tree = {"pictures": None, **json.loads(text)}  # earlier indexes are all of shards
         return cls(**{field.name: tree[field.name] for field in fields(cls)})
 
     def same_content(self, other: "Header") -> bool:
         """Whether both describe the same embeddings, wherever model and data were read from."""
-        return asdict(self) | {"model": "", "data": []} == asdict(other) | {"model": "", "data": []}
+        anywhere = {"model": "", "data": [], "pictures": None}
+        return asdict(self) | anywhere == asdict(other) | anywhere
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Embeddings of a run of samples; `counts` (I,) captions of each image."""
+    """Embeddings of a run of samples; `counts` (I,) captions of each image. Captions after those belong to none."""
 
     keys: np.ndarray
     captions: np.ndarray
     counts: np.ndarray
     image_emb: np.ndarray
     text_emb: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return len(self.keys) + len(self.captions) - int(self.counts.sum())
 
     def save(self, path: Path) -> None:
         np.savez(path, **self.__dict__)
@@ -148,7 +154,8 @@ def _write_npz(path: Path, header: Header, parts: Callable[[], Iterator[Rows]]) 
 def _text_images(parts: Iterator[Rows]) -> Iterator[np.ndarray]:
     first = 0
     for rows in parts:
-        yield np.repeat(np.arange(first, first + len(rows.keys)), rows.counts)
+        owned = np.repeat(np.arange(first, first + len(rows.keys)), rows.counts)
+        yield np.concatenate([owned, np.full(len(rows.captions) - len(owned), -1)])
         first += len(rows.keys)
 
 

@@ -55,11 +55,15 @@ class LoadedModel:
         digest.update(json.dumps(rest, sort_keys=True).encode())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def embed_text(self, text: str) -> Tensor:
         """(1, D) float32 on the host."""
+        return self.embed_texts([text])
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """(B, D) float32 on the host."""
         preprocess = self.preprocess
-        ids, mask = tokenise(preprocess.tokenizer, [text], preprocess.max_length)
+        ids, mask = tokenise(preprocess.tokenizer, texts, preprocess.max_length)
         return self.encoder.encode_text(ids.to(self.device), mask.to(self.device)).float().cpu()
 
     @torch.no_grad()

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from vlscale.data.faults import BadSample
+from vlscale.data.plain_files import PICTURE_NAMES
 from vlscale.export.index_file import Index
 from vlscale.export.loaded import LoadedModel
 from vlscale.kernels import topk_neighbors
-
-PICTURE_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Of(StrEnum):
@@ -36,8 +35,8 @@ class Query:
 @dataclass(frozen=True)
 class Hit:
     score: float  # cosine, also where a fusion encoder chose the order
-    key: str  # of the sample
-    caption: str  # the one found, or the first of the picture found
+    key: str  # of the sample; empty for a text of its own
+    caption: str  # the one found, or the first of the picture found; empty for a picture without
     is_picture: bool
     place: int  # in the index: pictures first, then captions
     match: float | None = None  # log-odds that query and hit match, where the fusion encoder scored them
@@ -73,6 +72,8 @@ def search(model: LoadedModel, index: Index, query: Query, *, k: int, of: Of) ->
     """The `k` nearest, best first, ties in the index's order (pictures before captions)."""
     parts = {Of.IMAGES: [index.image_emb], Of.TEXTS: [index.text_emb], Of.BOTH: [index.image_emb, index.text_emb]}[of]
     size = sum(map(len, parts))
+    if size == 0:
+        raise ValueError(f"--of {of}: the index holds none; expected {Of.TEXTS if of is Of.IMAGES else Of.IMAGES}")
     if not 1 <= k <= size:
         raise ValueError(f"--k {k}: expected 1 to {size}, the size of the gallery of {of.value}")
     gallery = torch.cat([torch.from_numpy(np.array(part, np.float32)) for part in parts])  # parquet's cannot be written
@@ -112,6 +113,7 @@ def _hit(index: Index, place: int, score: float) -> Hit:
     images = len(index.keys)
     if place < images:
         own = int(np.searchsorted(index.text_image, place))
-        return Hit(score, str(index.keys[place]), str(index.captions[own]), True, place)
-    caption = place - images
-    return Hit(score, str(index.keys[index.text_image[caption]]), str(index.captions[caption]), False, place)
+        captioned = own < len(index.text_image) and index.text_image[own] == place
+        return Hit(score, str(index.keys[place]), str(index.captions[own]) if captioned else "", True, place)
+    caption, owner = place - images, int(index.text_image[place - images])
+    return Hit(score, str(index.keys[owner]) if owner >= 0 else "", str(index.captions[caption]), False, place)
