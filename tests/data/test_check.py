@@ -54,6 +54,78 @@ def test_faults_are_counted_and_named(faulty, make_config):
     assert summary["words_per_caption"]["p50"] == 2 and summary["captions_per_sample"]["p100"] == 1
 
 
+@pytest.fixture
+def downloaded(tmp_path):
+    """Three whole shards of four samples, one without a caption, as img2dataset leaves them, and one of somebody
+    else."""
+    for number in range(3):
+        samples = [{"__key__": f"{number}{n}", "jpg": picture(4 * number + n), "txt": "a word"} for n in range(4)]
+        del samples[3]["txt"]
+        write_shard(tmp_path / f"{number:05d}.tar", samples)
+        counts = {"count": 6, "successes": 4, "failed_to_download": 2, "failed_to_resize": 0, "duration": 1.5}
+        (tmp_path / f"{number:05d}_stats.json").write_text(json.dumps(counts))
+    write_shard(tmp_path / "mine.tar", [{"__key__": "x", "jpg": picture(99), "txt": "a word"}])
+    return tmp_path
+
+
+def check(folder, make_config):
+    data = make_config(folder, caption_key="txt")
+    return check_corpus(expand(str(folder)), data, processes=1, progress=False)
+
+
+def test_shards_of_img2dataset_are_held_against_its_statistics(downloaded, make_config):
+    whole = check(downloaded, make_config)
+    assert whole.incomplete == [] and whole.samples == 10 and whole.faults == {"no caption": 3}
+    assert whole.downloads == {"asked for": 18, "written": 12, "failed to download": 6}
+    (downloaded / "00000_stats.json").write_text('{"count": 9, "successes": 7}')
+    (downloaded / "00001_stats.json").write_text('{"count": 9, "succ')
+    (downloaded / "00002_stats.json").unlink()
+    zero, one, two = check(downloaded, make_config).incomplete
+    assert zero == (
+        f"shard {downloaded}/00000.tar: it holds 4 samples, img2dataset wrote 7; copy it again, or delete "
+        "00000_stats.json and run img2dataset again"
+    )
+    assert one.endswith("may not have finished it (00001_stats.json is no whole file); run it again")
+    assert two.endswith("may not have finished it (00002_stats.json is not there, as others are); run it again")
+
+
+def test_a_shard_that_is_cut_short_is_one_line_with_what_img2dataset_wrote(downloaded, make_config):
+    for number in (1, 2):
+        os.truncate(downloaded / f"{number:05d}.tar", 3000)
+    (downloaded / "00002_stats.json").unlink()
+    report = check(downloaded, make_config)
+    one, two = report.bad_shards
+    assert "00001.tar ends at byte 3000" in one and one.endswith(
+        "; img2dataset wrote 4 samples into it; copy it again, or delete 00001_stats.json and run img2dataset again"
+    )
+    assert two.endswith("; img2dataset did not finish it (00002_stats.json is not there, as others are); run it again")
+    assert report.incomplete == [] and "\n" not in one + two
+
+
+def test_without_statistics_nothing_is_said_of_them(downloaded, make_config):
+    for path in downloaded.glob("*_stats.json"):
+        path.unlink()
+    report = check(downloaded, make_config)
+    assert report.incomplete == [] and report.summary()["downloads"] is None
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"count": 4}', '{"successes": -1}', '{"successes": "4"}', "[" * 9999]
+)
+def test_statistics_of_another_kind_are_no_whole_file(downloaded, make_config, content):
+    (downloaded / "00001_stats.json").write_text(content)
+    (line,) = check(downloaded, make_config).incomplete
+    assert "00001_stats.json is no whole file" in line
+
+
+def test_the_check_command_tells_of_them(downloaded, tmp_path):
+    (downloaded / "00000_stats.json").write_text('{"count": 9, "successes": 7}')
+    result = invoke("check", downloaded, "--processes", 2, "--json", tmp_path / "found.json")
+    assert result.exit_code == 0 and "downloads  asked for 21, written 15, failed to download 4" in result.output
+    assert "\n  shard " in result.output and "img2dataset wrote 7" in result.output
+    assert len(json.loads((tmp_path / "found.json").read_text())["incomplete"]) == 1
+
+
 def test_processes_find_the_same(faulty, make_config):
     shards, data = expand(str(faulty / "x-*.tar")), make_config(faulty, caption_key="txt")
     one, two = (check_corpus(shards, data, processes=n, progress=False).summary() for n in (1, 2))

@@ -99,9 +99,9 @@ def check(
     report = check_corpus(shards, data, duplicates=duplicates, processes=processes)
     summary = report.summary()
     for name, value in summary.items():
-        if name not in ("named", "bad_shards") and value is not None:
+        if name not in ("named", "bad_shards", "incomplete") and value is not None:
             typer.echo(f"{name:>20}  {_line(value)}")
-    for line in [*report.bad_shards, *report.named]:
+    for line in [*report.bad_shards, *report.incomplete, *report.named]:
         typer.echo(f"  {line}")
     if json_file:
         json_file.write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")

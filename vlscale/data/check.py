@@ -1,18 +1,24 @@
-"""The health of a corpus: every member read, every picture unpacked; counts, sizes and what is wrong."""
+"""The health of a corpus: every member read, every picture unpacked; counts, sizes and what is wrong.
+
+Shards of img2dataset are also held against the statistics that it leaves beside them.
+"""
 
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from vlscale.data import img2dataset
 from vlscale.data.faults import BadSample, BadShard
 from vlscale.data.images import open_picture
 from vlscale.data.keyed import hash64
 from vlscale.data.manifest import Manifest, shard_index
 from vlscale.data.processes import core_count, in_processes
 from vlscale.data.reader import Sample, SampleReader
+from vlscale.data.tar import NO_SAMPLE
 from vlscale.progress import Progress
 from vlscale.sections import DataConfig
 
@@ -28,6 +34,8 @@ class CorpusReport:
     samples: int = 0
     bytes: int = 0
     bad_shards: list[str] = field(default_factory=list)  # why each cannot be used
+    incomplete: list[str] = field(default_factory=list)  # shards that can, but are not what img2dataset wrote
+    downloads: Counter = field(default_factory=Counter)  # of img2dataset's statistics
     faults: Counter = field(default_factory=Counter)  # samples by kind of fault
     named: list[str] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)  # (n,)
@@ -54,7 +62,9 @@ class CorpusReport:
             "shards": self.shards,
             "samples": self.samples,
             "bytes": self.bytes,
+            "downloads": dict(self.downloads) or None,
             "bad_shards": self.bad_shards,
+            "incomplete": self.incomplete,
             "faults": dict(self.faults.most_common()),
             "named": self.named,
             "width": _spread(self.widths),
@@ -77,17 +87,24 @@ def check_corpus(
 ) -> CorpusReport:
     report = CorpusReport()
     with Progress("checking", len(shards), "shards", shown=progress) as bar:
-        jobs = [(shard, data, duplicates) for shard in shards]
+        known = img2dataset.folders_with_statistics(shards)
+        jobs = [(shard, data, duplicates, known) for shard in shards]
         for part in in_processes(check_shard, jobs, min(processes or core_count(), len(shards))):
             report.add(part)
             bar.advance()
     report.bad_shards.sort()
+    report.incomplete.sort()
     report.named.sort()
     return report
 
 
-def check_shard(path: str, data: DataConfig, duplicates: bool) -> CorpusReport:
+def check_shard(path: str, data: DataConfig, duplicates: bool, with_statistics: set[Path]) -> CorpusReport:
     report = CorpusReport(shards=1)
+    statistics = img2dataset.beside(path)
+    if statistics is not None and statistics.parent not in with_statistics:
+        statistics = None
+    if statistics is not None:
+        report.downloads = img2dataset.read_statistics(statistics) or Counter()
     try:
         summary, place = shard_index(path, data)
         report.bytes = summary.size
@@ -101,9 +118,17 @@ def check_shard(path: str, data: DataConfig, duplicates: bool) -> CorpusReport:
                 report.faults[fault.kind] += 1
                 report.named.append(f"{reader.key(0, row)}: {fault} ({path})")
         reader.close()
+        if statistics and (remark := img2dataset.remark(statistics, summary.count + _left_out(summary.skipped))):
+            report.incomplete.append(f"shard {path}: {remark}")
     except BadShard as error:
-        report.bad_shards.append(str(error))
+        remark = statistics and img2dataset.remark(statistics, None)
+        report.bad_shards.append(f"{error}; {remark}" if remark else str(error))
     return report
+
+
+def _left_out(skipped: dict[str, int]) -> int:
+    """Samples, without the members that belong to none."""
+    return sum(count for reason, count in skipped.items() if reason != NO_SAMPLE)
 
 
 def perceptual_hash(picture: np.ndarray) -> int:

@@ -20,6 +20,7 @@ _BLOCK = 512
 _REGULAR, _LONG_NAME, _PAX, _PAX_GLOBAL = b"0\0", b"L", b"x", b"g"
 _LONGEST_NAME = 1 << 16  # bytes
 _LARGEST = {"picture": 1 << 29, "caption": 1 << 24, "json": 1 << 24}  # bytes; more is no sample but an accident
+NO_SAMPLE = "not named key.extension"  # a member's fault, not a sample's
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 
 
@@ -110,7 +111,7 @@ class _Collector:
         parts = split_name(name)
         if parts is None:
             if not name.rpartition("/")[2].startswith("__"):  # webdataset's own notes
-                self._leave_out(name, "not named key.extension")
+                self._leave_out(name, NO_SAMPLE)
             return
         key, extension = parts
         if key != self.key:
