@@ -28,11 +28,12 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from vlscale.kernels.triton_tiles import FUSED, Work, config_for  # noqa: E402
+from vlscale.kernels.triton_tiles import FUSED, Config, Work, config_for  # noqa: E402
 
 from vlscale.kernels import triton_contrastive as contrastive  # noqa: E402
 from vlscale.kernels import triton_contrastive_double as double  # noqa: E402
 from vlscale.kernels import triton_contrastive_fused as fused  # noqa: E402
+from vlscale.kernels import triton_passes as passes  # noqa: E402
 from vlscale.kernels import triton_relation_kl as kl  # noqa: E402
 from vlscale.kernels import triton_relation_match as match  # noqa: E402
 from vlscale.kernels import triton_retrieval as retrieval  # noqa: E402
@@ -67,22 +68,26 @@ class Build:
             if name in self.constants or name.startswith("BLOCK_"):
                 types[name] = "constexpr"
             elif not name.endswith("_ptr"):
-                types[name] = "i32"
+                types[name] = "fp32" if name == "floor" else "i32"
+            elif name in FLOAT64 or (name == "out_ptr" and "float64" in self.variant):
+                types[name] = "*fp64"
             elif name in FLAGS or name.endswith("starts_ptr") or (self.kernel.__name__, name) in COUNTS:
                 types[name] = "*i32"
             elif name.endswith("ids_ptr") or name in INDICES or (self.kernel.__name__, name) in KEYS:
                 types[name] = "*i64"
             elif self.kernel.__name__ in SPLITTING and name in SPLIT:
                 types[name] = f"*{self.dtype}"
-            elif name in STORED:
+            elif name in STORED or (self.kernel.__name__, name) in STORED_OUT:
                 narrow = self.dtype != "fp32" and not self.constants.get("EUCLIDEAN")
                 types[name] = "*fp16" if narrow else "*fp32"
+            elif name in EMBEDDINGS or (self.kernel.__name__, name) in EMBEDDINGS_OUT:
+                types[name] = f"*{self.dtype}"
             else:
-                types[name] = f"*{self.dtype}" if name in EMBEDDINGS else "*fp32"
+                types[name] = "*fp32"
         return types
 
     def compile(self):
-        blocks = {k: v for k, v in self.config.launch().items() if k.startswith("BLOCK_")}
+        blocks = {k: v for k, v in self.config.launch().items() if k in self.kernel.arg_names}
         constants = self.constants | blocks
         signature = self.signature()
         aligned = {
@@ -95,14 +100,17 @@ class Build:
         return triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
 
 
-EMBEDDINGS = {"x_ptr", "y_ptr", "z_ptr", "xc_ptr", "zc_ptr", "query_ptr", "gallery_ptr"}
-FLAGS = {"flag_ptr", "run_ptr"}
+EMBEDDINGS = {"x_ptr", "y_ptr", "z_ptr", "xc_ptr", "zc_ptr", "query_ptr", "gallery_ptr", "partner_ptr"}
+EMBEDDINGS_OUT = {("gradient_kernel", "out_ptr")}
+FLAGS = {"flag_ptr", "run_ptr", "unsound_ptr"}
+FLOAT64 = {"term_ptr"}
 INDICES = {"count_ptr", "table_ptr", "exclude_ptr", "ceiling_ptr"}
 KEYS = {("neighbours_kernel", "out_ptr")}
 COUNTS = {("rank_counts_kernel", "out_ptr")}
 SPLITTING = {"double_statistics_kernel", "double_weights_kernel"}  # store weights as sums of embeddings' dtype
 SPLIT = {"u_ptr", "v_ptr", "toward_ptr", "g_ptr"}
 STORED = {"g_ptr", "h_ptr", "right_ptr"}
+STORED_OUT = {("centre_kernel", "out_ptr")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -114,6 +122,8 @@ def builds(archs: list[int]) -> Iterator[Build]:
         for dtype in DTYPES:
             for kernel, variant, work, constants in kernels(dtype):
                 yield Build(kernel, variant, dtype, arch, config_for(DTYPES[dtype], arch // 10, work), constants)
+            for kernel, variant, constants in around(dtype):
+                yield Build(kernel, variant, dtype, arch, PASS, constants)
         for dtype in ("bf16", "fp16"):
             yield from fused_builds(arch, dtype)
 
@@ -124,6 +134,32 @@ def fused_builds(arch: int, dtype: str) -> Iterator[Build]:
         for shared in (True, False):
             variant = f"{features} features, " + ("shared" if shared else "vectors")
             yield Build(fused.fused_gradient_kernel, variant, dtype, arch, config, {"SHARED": shared})
+
+
+PASS = Config(passes.ROWS, passes.PLACES, passes.FEATURES, warps=4)  # what a launch takes that names no warps
+
+
+def around(dtype: str) -> Iterator[tuple[object, str, dict]]:
+    """Passes around the kernels, (kernel, variant, compile-time constants); those over sums are float32 whatever."""
+    yield passes.pair_products_kernel, "", {}
+    gradient = {"CENTRED": dtype != "fp32", "HAS_FACTOR": True}
+    for own in (True, False):
+        yield passes.gradient_kernel, "own pairs" if own else "", gradient | {"HAS_OWN": own}
+    if dtype != "fp32":
+        yield passes.deviations_kernel, "", {}
+        yield passes.centre_kernel, "", {}
+        return
+    for maximum in (False, True):
+        for first in (True, False):
+            variant = ("maxima" if maximum else "sums") + ("" if first else ", on top")
+            constants = {"FIRST": first, "MAXIMUM": maximum, "GUARDED": maximum}
+            yield passes.partial_sums_kernel, variant, constants
+            if not maximum:
+                yield passes.partial_sums_kernel, variant + ", float64", constants
+    for shared in (True, False):
+        for ids in (False, True):
+            variant = ("shared" if shared else "vectors") + (", ids" if ids else "")
+            yield passes.pair_terms_kernel, variant, {"SHARED": shared, "HAS_IDS": ids, "TERMS": True}
 
 
 def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
@@ -165,8 +201,8 @@ def relation_kernels() -> Iterator[tuple[object, str, Work, dict]]:
                 variant = f"{name}, " + ("shared" if shared else "vectors")
                 constants = {**kind, "SHARED": shared}
                 yield kl.relation_statistics_kernel, variant, plain if shared else Work.CROWDED, constants
-                for teacher in (False, True):
-                    label = variant + (", teacher gradient" if teacher else "")
+                for teacher, learns in enumerate(("", ", teacher gradient", ", teacher weights")):
+                    label = variant + learns
                     work = plain if shared and not teacher else Work.CROWDED
                     yield kl.relation_weights_kernel, label, work, {**constants, "TEACHER": teacher}
 
@@ -221,17 +257,23 @@ def write(rows: list[dict], table: str, command: str) -> None:
     (RESULTS / f"{table}.md").write_text(text)
 
 
+def named(kernels: set[str], only: str) -> set[str]:
+    """The kernel of that name, or all that have it as a part of theirs."""
+    return {only} & kernels or {name for name in kernels if only in name}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--only", default="", help="a kernel's name, or part of several")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--missing", action="store_true", help="only what the committed table lacks at these tiles")
     parser.add_argument("--write", action="store_true", help="put the rows into the committed table")
     parser.add_argument("--table", default="compile_table", help="its name")
     arguments = parser.parse_args()
     every = list(builds([80, 90, 100]))
-    chosen = [b for b in every if b.arch in arguments.arch and arguments.only in b.kernel.__name__]
+    names = named({b.kernel.__name__ for b in every}, arguments.only)
+    chosen = [b for b in every if b.arch in arguments.arch and b.kernel.__name__ in names]
     known = committed(arguments.table, every)
     if arguments.missing:
         chosen = [b for b in chosen if b.name not in known]

@@ -186,7 +186,7 @@ def filled(m: int, n: int, rates: Rates) -> float:
 
 
 def host(event: Launch | Op, rates: Rates) -> float:
-    if isinstance(event, Launch):
+    if isinstance(event, Launch) or event.triton:
         return rates.host_triton_us * 1e-6
     if event.name.startswith("vlscale::"):
         return rates.host_op_us * 1e-6

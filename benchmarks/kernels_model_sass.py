@@ -140,16 +140,19 @@ def measure(build: "Build") -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of a kernel's name; others keep their rows")
+    parser.add_argument("--only", default="", help="a kernel's name, or part of several; others keep their rows")
     only = parser.parse_args().only
     known = {}
     if TABLE.exists():
         with TABLE.open(newline="") as file:
             known = {(row["kernel"], row["variant"], row["dtype"]): row for row in csv.DictReader(file)}
-    rows = []
-    for build in hopper():
+    from kernels_compile import named
+
+    every, rows = list(hopper()), []
+    names = named({build.kernel.__name__ for build in every}, only)
+    for build in every:
         name = build.name[:3]
-        rows.append(measure(build) if only in name[0] else known.get(name))
+        rows.append(measure(build) if name[0] in names else known.get(name))
         print(rows[-1], file=sys.stderr)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

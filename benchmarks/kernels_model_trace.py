@@ -22,8 +22,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOPPER = (9, 0)
-MODULES = ("contrastive", "contrastive_fused", "contrastive_double", "sigmoid", "relation_kl", "relation_match")
+MODULES = (
+    "contrastive",
+    "contrastive_fused",
+    "contrastive_double",
+    "sigmoid",
+    "relation_kl",
+    "relation_match",
+    "passes",
+)
 OPS = ("contrastive", "sigmoid", "relation_kl", "relation_match", "once")
+PASSES = {"pair_products_kernel", "partial_sums_kernel", "pair_terms_kernel", "deviations_kernel", "centre_kernel"}
+PASSES |= {"gradient_kernel"}  # around the kernels, without products
 BLOCKS = {"g_ptr", "h_ptr", "toward_ptr", "teacher_ptr"}  # a value a pair, in a buffer that may be larger
 SUMS = {"row_out_ptr", "column_out_ptr", "out_ptr", "along_ptr", "total_ptr", "row_total_ptr", "column_total_ptr"}
 SUMS |= {"row_sums_ptr", "column_sums_ptr", "teacher_rows_ptr", "teacher_columns_ptr", "scalars_ptr"}
@@ -59,6 +69,7 @@ class Op:
     elements: int  # of the largest input or output
     product: tuple[int, int, int] | None = None
     free: bool = False  # of the device: views, and memory that is only set aside
+    triton: bool = False  # a kernel of ours without products, which takes what its bytes take
 
 
 class Recorder:
@@ -73,7 +84,8 @@ class Recorder:
 
         def start(*arguments, **settings) -> None:
             given = dict(zip(self.names, arguments, strict=False)) | settings
-            self.events[self.launch(given, (*grid, 1)[:2])] += 1
+            event = self.pass_(given) if self.name in PASSES else self.launch(given, (*grid, 1)[:2])
+            self.events[event] += 1
 
         return start
 
@@ -101,6 +113,20 @@ class Recorder:
             self.idle(given),
         )
 
+    def pass_(self, given: dict) -> Op:
+        """Its tensors once each, of a whole gradient the rows that it writes; nothing where it returns at once."""
+        if given.get("GUARDED") or not given.get("SHARED", True):
+            return Op(self.name, torch.float32, 0, 0, triton=True)
+        sizes = {name: t.numel() * t.itemsize for name, t in given.items() if isinstance(t, Tensor)}
+        if "rows" in given:
+            rows = given["rows"] * given["D"]
+            sizes["out_ptr"] = rows * given["out_ptr"].itemsize
+            if given["HAS_OWN"]:
+                sizes["partner_ptr"] = min(rows, given["partner_ptr"].numel()) * given["partner_ptr"].itemsize
+        if given.get("FIRST") is False:
+            sizes["out_ptr"] *= 2
+        return Op(self.name, torch.float32, sum(sizes.values()), max(sizes.values()) // 4, triton=True)
+
     def idle(self, given: dict) -> bool:
         if any(given.get("run_ptr") is flag for flag in self.always):
             return False
@@ -116,7 +142,8 @@ def widths(given: dict) -> tuple[int, int, int]:
         return 2 * given["BLOCK_K"], 2 * own, 0
     if "u_ptr" in given:  # S, and both halves of A
         return 3 * own, 2 * own, 1
-    teachers = given.get("F", 0) * (2 if given.get("TEACHER") and given.get("EUCLIDEAN") else 1)
+    again = given.get("TEACHER") == 2 or (given.get("TEACHER") and given.get("EUCLIDEAN"))
+    teachers = given.get("F", 0) * (2 if again else 1)
     loops = 1 + given.get("K", 0) * (teachers // given["F"] if teachers else 0)
     return own + teachers, own + teachers, loops
 
@@ -142,7 +169,7 @@ def words(given: dict) -> Iterator[str]:
     if given.get("EUCLIDEAN"):
         yield "euclidean"
     if given.get("TEACHER"):
-        yield "teacher gradient"
+        yield "teacher gradient" if given["TEACHER"] == 1 else "teacher weights"
     if given.get("GRADIENT") is False:
         yield "no gradient"
     if "KEEP" in given:

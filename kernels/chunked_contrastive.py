@@ -170,6 +170,7 @@ class Weights:
         r, q = rows[0] + rows[1], cols[0] + cols[1]
         self.row_inverse, self.col_inverse = 1 / r, 1 / q
         self.row_miss, self.col_miss = rows[1] / r, cols[1] / q
+        self.row_target = rows[2]
 
     def probabilities(self, s: Tensor, i, j, spare: Tensor) -> tuple[Tensor, Tensor | None]:
         """P_row + P_col in place of `s` where the reference is shared, else (P_row in `s`, P_col in `spare`)."""

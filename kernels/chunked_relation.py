@@ -101,6 +101,28 @@ class Relation:
         return out
 
 
+class RelationWeights:
+    """Collects the gradient of one relation's weights (K,) alone, partial over the tiles of this process."""
+
+    def __init__(self, relation: Relation):
+        self.relation = relation
+        self.weight_sums = torch.zeros(len(relation.weights), dtype=torch.float64, device=relation.rows.device)
+
+    def add(self, h: Tensor, place: Tile, spare: Tensor) -> None:
+        rows, columns = self.relation.rows[slice(*place.rows)], self.relation.columns[slice(*place.columns)]
+        if self.relation.kind == "cosine":
+            along = ((h @ columns) * rows).sum(0, dtype=torch.float64)
+            along = torch.stack([along[segment].sum() for segment in self.relation.segments])
+        else:
+            segments = range(len(self.relation.segments))
+            along = torch.stack([-(h * self.relation.distances(k, place, spare)).sum().double() for k in segments])
+        self.weight_sums += along * (1.0 if place.mirrored else 0.5)
+
+    def finish(self) -> tuple[None, None, Tensor]:
+        """(None, None, weights), as of one whose embeddings learn."""
+        return None, None, self.weight_sums.to(self.relation.weights.dtype)
+
+
 class RelationGradient:
     """Collects the gradient of one relation's embeddings and weights from tiles of H.
 

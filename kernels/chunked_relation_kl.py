@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from .chunked import Scratch, fixed_reference, sums_are_sound
-from .chunked_relation import Relation, RelationGradient, Sweep, Tile, set_diagonal, sweep_tiles, tile_elements
+from .chunked_relation import (
+    Relation,
+    RelationGradient,
+    RelationWeights,
+    Sweep,
+    Tile,
+    set_diagonal,
+    sweep_tiles,
+    tile_elements,
+)
 
 SUMS = 5  # rs, rt, sum (e_s - e_t), sum e_t d, sum (e_s - e_t + e_t d)
 REACH = {torch.float32: 60.0, torch.float64: 500.0}  # under the other losses': sums of N^2 terms have to stay finite
@@ -175,30 +184,34 @@ def relation_kl_gradients(
     *,
     want_student: bool = True,
     want_teacher: bool = False,
-) -> tuple[RelationGradient | None, RelationGradient | None]:
+    want_weights: bool = False,
+) -> tuple[RelationGradient | None, RelationGradient | RelationWeights | None]:
     """Gradients of the sum of `relation_kl_terms` through both relations; None where not wanted.
 
+    `want_weights` is of the teacher's weights, without its embeddings unless `want_teacher`.
     The columns' coefficients (5, N) are finished ones: gathered over ranks, or the rows' own in a triangle.
     """
     maker = TileMaker(student, teacher, references, sweep, offset)
     gradients = RelationGradient(student, sweep) if want_student else None
     teacher_gradients = RelationGradient(teacher, sweep) if want_teacher else None
-    h_tile = Scratch(2 if want_teacher else 1, maker.scratch.buffers[0].numel(), student.rows)
+    if want_weights and not want_teacher:
+        teacher_gradients = RelationWeights(teacher)
+    h_tile = Scratch(1 if teacher_gradients is None else 2, maker.scratch.buffers[0].numel(), student.rows)
     far = bool(coefficients[1].any() | column_coefficients[1].any()) if coefficients.device.type == "cpu" else True
     student_terms = [(0, "difference"), *([(1, "e_s")] if far else []), (2, "e_t")]
     for place in maker.places:
         maker.load(place)
         h_s = h_tile.tile(0, *place.shape).zero_()
-        h_t = h_tile.tile(1, *place.shape).zero_() if want_teacher else None
+        h_t = None if teacher_gradients is None else h_tile.tile(1, *place.shape).zero_()
         for factors, refs in _sides(references, coefficients, column_coefficients, place, maker.spare(place)):
             tile = maker.exponentials(place, refs)
             for k, name in student_terms if want_student else []:
                 h_s.addcmul_(getattr(tile, name), factors(k))
-            if want_teacher:
+            if h_t is not None:
                 h_t.addcmul_(tile.e_t, factors(4)).addcmul_(tile.d.mul_(tile.e_t), factors(3))
         if want_student:
             gradients.add(h_s, place, maker.spare(place))
-        if want_teacher:
+        if h_t is not None:
             teacher_gradients.add(h_t, place, maker.spare(place))
     return gradients, teacher_gradients
 

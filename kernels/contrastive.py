@@ -28,13 +28,14 @@ def forward_op(image: Tensor, text: Tensor, scale: Tensor, pair_id: Tensor | Non
     if triton:
         from . import triton_contrastive
 
-        row_ref, col_ref, rows, cols, _ = triton_contrastive.contrastive_references(x, y, scale, positives)
+        terms, statistics = triton_contrastive.contrastive_forward(x, y, scale, positives)
     else:
         row_ref, col_ref, rows, cols = tiles.contrastive_references(x, y, scale, positives)
-    terms = tiles.contrastive_terms(rows, row_ref, positives.row_count).sum()
-    terms = terms + tiles.contrastive_terms(cols, col_ref, positives.col_count).sum()
-    refs = torch.stack([row_ref.expand(len(x)), col_ref.expand(len(x))])
-    return (terms / (2 * len(x))).to(scale.dtype), torch.cat([refs, rows, cols])
+        terms = tiles.contrastive_terms(rows, row_ref, positives.row_count).sum()
+        terms = terms + tiles.contrastive_terms(cols, col_ref, positives.col_count).sum()
+        refs = torch.stack([row_ref.expand(len(x)), col_ref.expand(len(x))])
+        statistics = torch.cat([refs, rows, cols])
+    return (terms / (2 * len(x))).to(scale.dtype), statistics
 
 
 @forward_op.register_fake

@@ -105,15 +105,16 @@ def backward_op(
     statistics: Tensor,
     want_student: bool,
     want_teacher: bool,
+    want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the four tensors; empty (0,) for a side that is not wanted."""
+    """Gradients of the four tensors; empty (0,) for what is not wanted: the student's two, the teacher, its weights."""
     n = len(student)
     sums = statistics[2:]
     if matrix:
         sums = sums.double().sum(1, keepdim=True).expand(-1, n)
     coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
     mean = grad if matrix else grad / n
-    want = {"want_student": want_student, "want_teacher": want_teacher}
+    want = {"want_student": want_student, "want_teacher": want_teacher, "want_weights": want_weights}
     if _on_triton(weights, impl):
         from . import triton_relation_kl as kernels
 
@@ -133,7 +134,7 @@ def backward_op(
         references, sweep = _references(statistics, matrix=matrix)
         both = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, sweep, 0, **want)
     found = [part for g in both for part in ((None, None) if g is None else g.finish()[::2])]
-    wanted = (want_student, want_student, want_teacher, want_teacher)
+    wanted = (want_student, want_student, want_teacher, want_weights)
     inputs = (student, student_weight, teacher, weights)
     return tuple(
         gradient.mul_(mean).to(of.dtype) if want else of.new_empty(0)
@@ -155,6 +156,7 @@ def _(
     statistics,
     want_student,
     want_teacher,
+    want_weights,
 ):
     def like(t: Tensor, wanted: bool) -> Tensor:
         return t.new_empty(tuple(t.shape) if wanted else (0,))
@@ -163,7 +165,7 @@ def _(
         like(student, want_student),
         like(student_weight, want_student),
         like(teacher, want_teacher),
-        like(weights, want_teacher),
+        like(weights, want_weights),
     )
 
 
@@ -175,8 +177,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, _):
     *tensors, statistics = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
-    sides = needed[0] or needed[1], needed[2] or needed[3]
-    grads = backward_op(grad, *tensors, *ctx.settings, statistics, *sides)
+    grads = backward_op(grad, *tensors, *ctx.settings, statistics, needed[0] or needed[1], *needed[2:])
     return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 4
 
 

@@ -14,17 +14,19 @@ references, which are always launched and return at once while it is clear, do t
 
 # ruff: noqa: SIM102, SIM108 (Triton prunes plain branches on constexprs, and only those)
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import SUM_BITS, fixed_reference, spans
-from .chunked_contrastive import Positives, Weights, contrastive_bound
+from .chunked import fixed_reference, spans
+from .chunked_contrastive import Positives, Weights
 from .triton_contrastive_fused import fused_gradients
-from .triton_gradient import OwnPairs, SideGradient, own_products
+from .triton_gradient import Centred, OwnPairs, SideGradient, add_product, stored_dtype
+from .triton_passes import add_parts, finish_side, pair_products, side_programs
 from .triton_tiles import (
-    Centred,
     Config,
     Work,
     choose_config,
@@ -32,7 +34,6 @@ from .triton_tiles import (
     product_tile,
     same_pair,
     store_weights,
-    stored_dtype,
 )
 
 
@@ -68,7 +69,7 @@ def statistics_kernel(
     SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one wave: off, and with ids pos and the sum of positives' logits, the slowest axis of both outputs.
+    """Sums of one wave: off, or with ids pos, off and the sum of positives' logits, the slowest axis of both outputs.
 
     row_out (1 or 3, splits, wave rows), column_out (1 or 3, row tiles, n).
     """
@@ -100,38 +101,34 @@ def statistics_kernel(
         negative = inside & (positive == 0)
         out = column_out_ptr + tile.to(tl.int64) * n + columns
         off += tl.sum(tl.where(negative, e, 0.0), 1)
-        tl.store(out, tl.sum(tl.where(negative, e_column, 0.0), 0), mask=columns < n)
         if HAS_IDS:
             chosen = inside & positive
             pos += tl.sum(tl.where(chosen, e, 0.0), 1)
             target += tl.sum(tl.where(chosen, s, 0.0), 1)
-            tl.store(out + plane, tl.sum(tl.where(chosen, e_column, 0.0), 0), mask=columns < n)
+            tl.store(out, tl.sum(tl.where(chosen, e_column, 0.0), 0), mask=columns < n)
             tl.store(out + 2 * plane, tl.sum(tl.where(chosen, s, 0.0), 0), mask=columns < n)
+            out += plane
+        tl.store(out, tl.sum(tl.where(negative, e_column, 0.0), 0), mask=columns < n)
     wave = tl.num_programs(0).to(tl.int64) * BLOCK_M
     out = row_out_ptr + split * wave + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(out, off)
     if HAS_IDS:
         plane = tl.num_programs(1) * wave
-        tl.store(out + plane, pos)
+        tl.store(out, pos)
         tl.store(out + 2 * plane, target)
+        out += plane
+    tl.store(out, off)
 
 
 @triton.jit
-def weights_kernel(
-    x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
-    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, along_ptr,
-    row_total_ptr, column_total_ptr,
-    row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
+def weights_tile(
+    x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
+    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
+    first_column, row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
     SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of G; from its float32 values also each row's <G, S> and the rows' and columns' sums, a tile each.
-
-    Own pairs are left 0 unless there are ids. (A sum to one scalar breaks triton 3.7's sm_100 build.)
-    """
-    if tl.load(flag_ptr) == SHARED:
-        return
-    first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
+    """Stores a tile of G and the sums of its columns; returns each row's <G, S> and sum of G, float32."""
+    first_row = row_start + tl.program_id(0) * BLOCK_M
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     s = tl.load(scale_ptr) * product_tile(
@@ -156,11 +153,58 @@ def weights_kernel(
     inside = row_ok[:, None] & column_ok[None, :]
     store_weights(g_ptr, g, rows - row_start, columns - column_start, stride_g, inside)
     g = tl.where(inside, g, 0.0)
-    by_row = tl.program_id(1).to(tl.int64) * (row_end - row_start) + rows - row_start
-    tl.store(along_ptr + by_row, tl.sum(g * s, 1), mask=row_ok)
-    tl.store(row_total_ptr + by_row, tl.sum(g, 1), mask=row_ok)
     by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
     tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
+    return tl.sum(g * s, 1), tl.sum(g, 1)
+
+
+@triton.jit
+def weights_kernel(
+    x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
+    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, along_ptr,
+    row_total_ptr, column_total_ptr,
+    row_start, row_end, column_start, column_end, parts, D, stride_x, stride_y, stride_g, offset,
+    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of G; from its float32 values also each row's <G, S> and the rows' and columns' sums.
+
+    along and row_total (parts, rows), column_total (row tiles, columns). A program takes one tile; those for vector
+    references, which rarely run, are fewer and walk, and zero the parts that they have no programs for. Own pairs are
+    left 0 unless there are ids. (A sum to one scalar breaks triton 3.7's sm_100 build.)
+    """
+    if tl.load(flag_ptr) == SHARED:
+        return
+    part = tl.program_id(1)
+    first_column = column_start + part * BLOCK_N
+    rows = row_start + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    height = tl.cast(row_end - row_start, tl.int64)
+    if SHARED:
+        along, total = weights_tile(
+            x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr, row_miss_ptr,
+            column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr, first_column, row_start,
+            row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset, SHARED, HAS_IDS,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        along = tl.zeros((BLOCK_M,), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for first in range(first_column, column_end, tl.num_programs(1) * BLOCK_N):
+            more_along, more = weights_tile(
+                x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr, row_miss_ptr,
+                column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr, first, row_start,
+                row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset, SHARED, HAS_IDS,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            along += more_along
+            total += more
+        for other in range(part + tl.num_programs(1), parts, tl.num_programs(1)):
+            by_row = other * height + rows - row_start
+            tl.store(along_ptr + by_row, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_end)
+            tl.store(row_total_ptr + by_row, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_end)
+    by_row = part * height + rows - row_start
+    tl.store(along_ptr + by_row, along, mask=rows < row_end)
+    tl.store(row_total_ptr + by_row, total, mask=rows < row_end)
 
 
 def _ids(positives: Positives) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -168,23 +212,43 @@ def _ids(positives: Positives) -> tuple[Tensor | None, Tensor | None, bool]:
 
 
 def contrastive_maxima(
-    x: Tensor, y: Tensor, scale: Tensor, flag: Tensor, config: Config | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    flag: Tensor,
+    config: Config | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row (b,) and column (N,) maxima of the logits, only while `flag` is set (anything otherwise)."""
+    """Row (b,) and column (N,) maxima of the logits, only while `flag` is set (otherwise `out` as it was)."""
     config = config or choose_config(x, Work.LIGHT)
     b, n = len(x), len(y)
-    rows, cols = scale.new_zeros(b), scale.new_full((n,), -torch.inf)
+    rows, cols = out or (scale.new_zeros(b), scale.new_zeros(n))
     for i in spans(0, b, config.wave_rows):
         tiles = triton.cdiv(i[1] - i[0], config.block_m)
         splits = min(config.splits, triton.cdiv(n, config.block_n))
-        row_out = scale.new_full((splits, tiles * config.block_m), -torch.inf)
-        column_out = scale.new_full((tiles, n), -torch.inf)
+        row_out, column_out = scale.new_empty(1, splits, tiles * config.block_m), scale.new_empty(1, tiles, n)
         maxima_kernel[tiles, splits](
             x, y, scale, flag, row_out, column_out, i[0], b, n, x.shape[1], x.stride(0), y.stride(0), **config.launch()
         )
-        rows[slice(*i)] = row_out.amax(0)[: i[1] - i[0]]
-        cols = torch.maximum(cols, column_out.amax(0))
+        add_parts(row_out, rows[None, slice(*i)], first=True, flag=flag, maximum=True)
+        add_parts(column_out, cols[None], first=i[0] == 0, flag=flag, maximum=True)
+        del row_out, column_out  # before the next wave's are there
     return rows, cols
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of the rows and of the columns, a number for each program of finish_side: loss terms, and unsound sums."""
+
+    terms: Tensor  # (2, programs) float64
+    unsound: Tensor  # (2, programs) int32
+
+    @classmethod
+    def of(cls, pairs: Tensor) -> "Losses":
+        """Room for those of (..., N) sums on the same device."""
+        shape = 2, side_programs(pairs.shape[-1])
+        kinds = torch.float64, torch.int32
+        return cls(*(torch.empty(shape, dtype=kind, device=pairs.device) for kind in kinds))
 
 
 def contrastive_statistics(
@@ -199,72 +263,73 @@ def contrastive_statistics(
 ) -> tuple[Tensor, Tensor]:
     """(3, b) row sums and (3, N) column sums, as in chunked_contrastive; columns partial over these rows.
 
-    Vector references run only while `flag` is set.
+    Vector references run only while `flag` is set (the sums hold anything otherwise).
     """
-    has_ids = positives.row_ids is not None
-    shared = row_ref.dim() == 0
-    config = config or choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
-    rows, cols = scale.new_zeros(3, len(x)), scale.new_zeros(3, len(y))
-    for i in spans(0, len(x), config.wave_rows):
-        _add_wave(rows, cols, x, y, scale, flag, row_ref, col_ref, positives, i, config)
-    if has_ids:
-        rows[2] /= positives.row_count
-        cols[2] /= positives.col_count
-    else:
-        _add_own_pairs(x, y, scale, row_ref, col_ref, positives.offset, rows, cols)
-    return rows, cols
+    sums = scale.new_empty(3, len(x)), scale.new_empty(3, len(y))
+    mine = y[positives.offset : positives.offset + len(x)]
+    own = pair_products(x, mine)[2] if positives.row_ids is None else None
+    _fill_statistics(*sums, own, x, y, scale, (row_ref, col_ref), positives, flag, config)
+    return sums
 
 
-def _add_wave(rows, cols, x, y, scale, flag, row_ref, col_ref, positives: Positives, i, config: Config) -> None:
-    """One wave's sums into the rows' place and on top of the columns'; its partial sums are gone afterwards."""
-    b, n = len(x), len(y)
+def _fill_statistics(
+    rows: Tensor,
+    cols: Tensor,
+    own: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    references: tuple[Tensor, Tensor],
+    positives: Positives,
+    flag: Tensor | None,
+    config: Config | None,
+    losses: Losses | None = None,
+) -> None:
+    """contrastive_statistics into rows (3, b) and cols (3, N); own (b,) products where there are no ids."""
     row_ids, col_ids, has_ids = _ids(positives)
-    sums = 3 if has_ids else 1
-    tiles = triton.cdiv(i[1] - i[0], config.block_m)
-    splits = min(config.splits, triton.cdiv(n, config.block_n))
-    row_out = scale.new_zeros(sums, splits, tiles * config.block_m)
-    column_out = scale.new_zeros(sums, tiles, n)
-    statistics_kernel[tiles, splits](
-        x, y, scale, flag, row_ref, col_ref, row_ids, col_ids, row_out, column_out,
-        i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
-        SHARED=row_ref.dim() == 0, HAS_IDS=has_ids, **config.launch(),
-    )  # fmt: skip
-    places = (1, 0, 2)[:sums]  # of the kernel's off, pos, target; a list as an index would be copied to the device
-    for place, of_rows, of_cols in zip(places, row_out.sum(1), column_out.sum(1), strict=True):
-        rows[place, slice(*i)] = of_rows[: i[1] - i[0]]
-        cols[place] += of_cols
+    shared = references[0].dim() == 0
+    config = config or choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
+    b, n = len(x), len(y)
+    guard = None if shared else flag
+    sums = slice(0, 3) if has_ids else slice(1, 2)  # own pairs, which the kernel leaves out, are the others
+    for i in spans(0, b, config.wave_rows):
+        tiles = triton.cdiv(i[1] - i[0], config.block_m)
+        splits = min(config.splits, triton.cdiv(n, config.block_n))
+        row_out = scale.new_empty(3 if has_ids else 1, splits, tiles * config.block_m)
+        column_out = scale.new_empty(len(row_out), tiles, n)
+        statistics_kernel[tiles, splits](
+            x, y, scale, flag, *references, row_ids, col_ids, row_out, column_out,
+            i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
+            SHARED=shared, HAS_IDS=has_ids, **config.launch(),
+        )  # fmt: skip
+        add_parts(row_out, rows[sums, slice(*i)], first=True, flag=guard)
+        add_parts(column_out, cols[sums], first=i[0] == 0, flag=guard)
+        del row_out, column_out  # before the next wave's are there
+    for side, (part, first) in enumerate(((rows, 0), (cols, positives.offset))):
+        counts = positives.row_count, positives.col_count
+        of_side = (None, None) if losses is None else (losses.terms[side], losses.unsound[side])
+        finish_side(part, own, scale, references[side], counts[side], first, guard, *of_side)
 
 
-def _add_own_pairs(x, y, scale, row_ref, col_ref, offset: int, rows: Tensor, cols: Tensor) -> None:
-    mine = slice(offset, offset + len(x))
-    own = scale * own_products(x, y, offset, scale.dtype)
-    rows[0], rows[2], cols[2, mine] = (own - row_ref).exp(), own, own
-    cols[0, mine] = (own - (col_ref if col_ref.dim() == 0 else col_ref[mine])).exp()
-
-
-def contrastive_references(
+def contrastive_forward(
     x: Tensor, y: Tensor, scale: Tensor, positives: Positives, config: Config | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One process's (row_ref (N,), col_ref (N,), rows, cols, flag), whichever reference turns out sound.
+) -> tuple[Tensor, Tensor]:
+    """One process's (sum of all loss terms in float64, statistics (8, N): row_ref, col_ref, row sums, column sums).
 
-    `flag` is 1 where the maxima were needed; no value is read on the host.
+    Whichever reference turns out sound; no value is read on the host.
     """
-    ref = fixed_reference(contrastive_bound(x, y, scale), scale.dtype)
-    idle = torch.ones((), dtype=torch.int32, device=x.device)
-    rows, cols = contrastive_statistics(x, y, scale, ref, ref, positives, idle, config)
-    sums = torch.cat([rows[0] + rows[1], cols[0] + cols[1]])
-    floor = len(y) * 2.0 ** -SUM_BITS[scale.dtype]
-    flag = (~((sums >= floor) & (sums < torch.inf)).all()).to(torch.int32)
-    row_max, col_max = contrastive_maxima(x, y, scale, flag, config)
-    more_rows, more_cols = contrastive_statistics(x, y, scale, row_max, col_max, positives, flag, config)
-    unsound = flag.bool()
-    return (
-        torch.where(unsound, row_max, ref),
-        torch.where(unsound, col_max, ref),
-        torch.where(unsound, more_rows, rows),
-        torch.where(unsound, more_cols, cols),
-        flag,
-    )
+    products = pair_products(x, y)
+    ref = fixed_reference(scale.abs() * products[:2].amax(1).sqrt().prod(), scale.dtype)
+    statistics = scale.new_empty(8, len(x))
+    statistics[:2] = ref
+    own = products[2] if positives.row_ids is None else None
+    losses = Losses.of(statistics)
+    given = statistics[2:5], statistics[5:], own, x, y, scale
+    _fill_statistics(*given, (ref, ref), positives, None, config, losses)
+    flag = losses.unsound.amax()
+    maxima = contrastive_maxima(x, y, scale, flag, config, out=(statistics[0], statistics[1]))
+    _fill_statistics(*given, maxima, positives, flag, config, losses)
+    return losses.terms.sum(), statistics
 
 
 def contrastive_gradients(
@@ -293,90 +358,89 @@ def contrastive_gradients(
     if not has_ids:
         offset = positives.offset
         miss = weights.row_miss + weights.col_miss[offset : offset + len(x)]
-        own = (scale * own_products(x, y, offset, scale.dtype) * miss).sum(dtype=torch.float64)
+        own = (weights.row_target * miss).sum(dtype=torch.float64)
         pairs = OwnPairs.of_sides(-miss, x, y, offset)
+    stored = stored_dtype(x, scale.dtype)
+    left, right = Centred(x, scale.dtype, stored), Centred(y, scale.dtype, stored)
     dx, dy = (
-        SideGradient(rows, dtype or scale.dtype, of_side, factor) if want else None
-        for rows, of_side, want in ((x, pairs[0], want_x), (y, pairs[1], want_y))
+        SideGradient(rows, others, dtype or scale.dtype, of_side, factor) if want else None
+        for rows, others, of_side, want in ((x, right, pairs[0], want_x), (y, left, pairs[1], want_y))
     )
     narrow = config is None and not has_ids and fused_config(x) is not None
     if narrow and (want_x or want_y):
         along = fused_gradients(x, y, scale, weights, flag, dx, dy)
     else:
-        along = _gradients_by_waves(x, y, scale, weights, flag, config, dx, dy)
+        along = _Waves(x, y, scale, weights, flag, config, (left, right)).sweep(dx, dy)
     along = along if own is None else along - own
     return None if dx is None else dx.result(), None if dy is None else dy.result(), along
-
-
-def _gradients_by_waves(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    weights: Weights,
-    flag: Tensor,
-    config: Config | None,
-    dx: SideGradient | None,
-    dy: SideGradient | None,
-) -> Tensor:
-    """<G, S> without lone positives' terms; fills dx and dy. The rows' sums are the one float32 (b, D) that is held."""
-    waves = _Waves(x, y, scale, weights, flag, config)
-    row_sums = None if dx is None else dx.new_sums(scale.dtype)
-    along = torch.zeros((), dtype=torch.float64, device=x.device)
-    for j in spans(0, len(y), waves.width):
-        along += waves.add_columns(j, row_sums, dy)
-    return along
 
 
 class _Waves:
     """Blocks of G, height x width, one after another in the same memory."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, weights: Weights, flag: Tensor, config: Config | None):
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        weights: Weights,
+        flag: Tensor,
+        config: Config | None,
+        factors: tuple[Centred, Centred],
+    ):
         self.x, self.y, self.scale, self.weights, self.flag = x, y, scale, weights, flag
         has_ids = weights.positives.row_ids is not None
         self.tiles = {
             shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
             for shared in (True, False)
         }
-        stored = stored_dtype(x, scale.dtype)
-        self.left, self.right = Centred(x, scale.dtype, stored), Centred(y, scale.dtype, stored)
+        self.left, self.right = factors
         self.height = min(len(x), self.tiles[True].wave_rows)
         self.width = min(len(y), self.tiles[True].wave_columns)
-        self.block = torch.empty(self.height, self.width, dtype=stored, device=x.device)
+        self.block = torch.empty(self.height, self.width, dtype=self.left.stored, device=x.device)
 
-    def add_columns(self, j: tuple[int, int], row_sums: Tensor | None, dy: SideGradient | None) -> Tensor:
-        """All rows against columns j: adds to the rows' sums, finishes the columns' part of dy, returns <G, S>."""
+    def sweep(self, dx: SideGradient | None, dy: SideGradient | None) -> Tensor:
+        """<G, S> without lone positives' terms; fills dx and dy. The rows' sums are the one float32 (b, D) held."""
+        row_sums, row_totals = (None, self.scale.new_empty(len(self.x))) if dx is None else dx.new_sums()
+        along = torch.empty(len(self.x), dtype=torch.float64, device=self.x.device)
+        for j in spans(0, len(self.y), self.width):
+            self.add_columns(j, row_sums, row_totals, along, dy)
+        return along.sum()
+
+    def add_columns(
+        self, j: tuple[int, int], row_sums: Tensor | None, row_totals: Tensor, along: Tensor, dy: SideGradient | None
+    ) -> None:
+        """All rows against columns j: adds to the rows' sums, totals and <G, S>, finishes the columns' part of dy."""
         there = None if row_sums is None else self.right.part(slice(*j))
-        column_sums = None if dy is None else self.scale.new_zeros(j[1] - j[0], self.y.shape[1])
-        along = torch.zeros((), dtype=torch.float64, device=self.x.device)
+        column_totals = self.scale.new_empty(j[1] - j[0])
+        column_sums = None if dy is None else self.scale.new_empty(len(column_totals), self.y.shape[1])
         for i in spans(0, len(self.x), self.height):
-            g = self.block[: i[1] - i[0], : j[1] - j[0]]
-            part, row_totals, column_totals = self.fill(g, i, j)
-            along += part
+            g, mine = self.block[: i[1] - i[0], : j[1] - j[0]], slice(*i)
+            part, by_row, by_column = self.fill(g, i, j)
+            add_parts(part, along[None, mine], first=j[0] == 0)
+            add_parts(by_row, row_totals[None, mine], first=j[0] == 0)
+            add_parts(by_column, column_totals[None], first=i[0] == 0)
             if row_sums is not None:
-                row_sums[slice(*i)] += self.right.weighted(g, there, row_totals)
+                add_product(row_sums[mine], g, there, first=j[0] == 0)
             if column_sums is not None:
-                column_sums += self.left.weighted(g.T, self.left.part(slice(*i)), column_totals)
+                add_product(column_sums, g.T, self.left.part(mine), first=i[0] == 0)
         if dy is not None:
-            dy.finish(j[0], column_sums)
-        return along
+            dy.finish(j[0], column_sums, column_totals)
 
     def fill(self, g: Tensor, i: tuple[int, int], j: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """G of rows i and columns j into g; <G, S> in float64 and the sums of G's rows and columns."""
+        """G of rows i and columns j into g; partial <G, S> and sums of G's rows, (1, parts, rows), and columns'."""
         x, y, scale, weights, positives = self.x, self.y, self.scale, self.weights, self.weights.positives
         row_ids, col_ids, has_ids = _ids(positives)
-        along = torch.zeros((), dtype=torch.float64, device=x.device)
-        row_totals, column_totals = scale.new_zeros(len(g)), scale.new_zeros(g.shape[1])
-        for shared, tile in self.tiles.items():
-            grid = triton.cdiv(g.shape[0], tile.block_m), triton.cdiv(g.shape[1], tile.block_n)
-            part = scale.new_zeros(grid[1], len(g))
-            by_row, by_col = scale.new_zeros(grid[1], len(g)), scale.new_zeros(grid[0], g.shape[1])
+        height, width = g.shape
+        parts = triton.cdiv(width, self.tiles[True].block_n)
+        along, by_row = scale.new_empty(2, 1, parts, height)
+        by_column = scale.new_empty(1, triton.cdiv(height, self.tiles[True].block_m), width)
+        for shared, tile in self.tiles.items():  # the one whose flag it is not leaves the outputs alone
+            grid = by_column.shape[1], parts if shared else min(parts, tile.splits)
             weights_kernel[grid](
                 x, y, scale, self.flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
-                weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, part, by_row, by_col,
-                i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
+                weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, along, by_row, by_column,
+                i[0], i[1], j[0], j[1], parts, x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
                 SHARED=shared, HAS_IDS=has_ids, **tile.launch(),
             )  # fmt: skip
-            along += part.sum(dtype=torch.float64)
-            row_totals += by_row.sum(0)
-            column_totals += by_col.sum(0)
-        return along, row_totals, column_totals
+        return along, by_row, by_column

@@ -23,7 +23,8 @@ from torch import Tensor
 from .chunked import spans
 from .chunked_contrastive import Weights
 from .triton_gradient import SideGradient
-from .triton_tiles import STORED_SCALE, WIDEN, Centred, Config, fused_config, stored_dtype
+from .triton_passes import add_parts
+from .triton_tiles import STORED_SCALE, WIDEN, Config, fused_config
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def fused_gradients(
     if dy is not None:
         again = _one_side(dy, y, x, scale, of_columns, of_rows, -offset, flag, config)
         along = again if along is None else along
-    return along
+    return along.sum()
 
 
 def _one_side(
@@ -122,12 +123,11 @@ def _one_side(
     flag: Tensor,
     config: Config | None,
 ) -> Tensor:
-    """<G, S>; fills `gradient` with G columns. of_rows and of_columns are each side's (references, inverse sums)."""
+    """Each row's <G, S>; fills `gradient` with G columns. of_rows, of_columns: a side's (references, inverse sums)."""
     width = rows.shape[1]
     tile = config or fused_config(rows)
-    right = Centred(columns, scale.dtype, stored_dtype(rows, scale.dtype))
-    factor = right.whole()
-    along = torch.zeros((), dtype=torch.float64, device=rows.device)
+    factor = gradient.right.whole()
+    along = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for i in spans(0, len(rows), tile.wave_rows):
         splits = min(tile.splits, triton.cdiv(len(columns), tile.block_n))
         out = scale.new_empty(splits, i[1] - i[0], width)
@@ -138,6 +138,6 @@ def _one_side(
                 out, totals, part, *i, len(columns), width, rows.stride(0), columns.stride(0), factor.stride(0),
                 offset, SHARED=shared, **tile.launch(),
             )  # fmt: skip
-        gradient.finish(i[0], right.finished(out.sum(0), totals.sum(0)))
-        along += part.sum(dtype=torch.float64)
+        gradient.finish(i[0], out, totals)
+        add_parts(part[None], along[None, slice(*i)], first=True)
     return along

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .chunked import HALF, row_blocks, spans
 from .chunked_relation import Sweep, Tile
-from .triton_tiles import Centred, product_tile, stored_dtype
+from .triton_gradient import Centred, add_product, stored_dtype
+from .triton_passes import add_parts, finished_gradient, pair_products
+from .triton_tiles import product_tile
 
 NOISE = tl.constexpr(4 * 2.0**-23)  # of the squared norms' sum: what a squared distance may be by rounding alone
 
@@ -71,12 +73,17 @@ class Operand:
         if self.kind == "euclidean":
             reach = self.row_norms.amax(0).sqrt() + self.column_norms.amax(0).sqrt()
             return ((-self.weights).clamp_min(0) * reach).sum()
-        spread = self.spread().abs()
-        rows, columns = (
-            torch.stack([(e[i].to(spread.dtype).square() * spread).sum(1).amax() for i in row_blocks(*e.shape)]).amax()
-            for e in (self.rows, self.columns)
-        )
+        rows = self._largest_square(self.rows)
+        columns = rows if self.columns is self.rows else self._largest_square(self.columns)
         return (rows * columns).sqrt()
+
+    def _largest_square(self, emb: Tensor) -> Tensor:
+        """Over rows of emb the largest sum of squares, each feature times its weight's size."""
+        if len(self.widths) == 1:
+            return pair_products(emb, emb)[0].amax() * self.weights[0].abs()
+        spread = self.spread().abs()
+        blocks = [(emb[i].to(spread.dtype).square() * spread).sum(1).amax() for i in row_blocks(*emb.shape)]
+        return torch.stack(blocks).amax()
 
     def spread(self) -> Tensor:
         """Each feature's weight, (F,)."""
@@ -165,22 +172,74 @@ def relation_tile(
     return total
 
 
-class OperandGradient:
+@dataclass(frozen=True)
+class WeightSums:
+    """A block's sums of weights over its columns and its rows, and <weights, relation> a row; P planes."""
+
+    rows: Tensor  # (P, rows)
+    columns: Tensor  # (P, columns)
+    along: Tensor  # (P, rows) float64
+
+    @classmethod
+    def of(cls, place: Tile, planes: int, like: Tensor) -> "WeightSums":
+        rows, columns = (like.new_empty(planes, size) for size in place.shape)
+        return cls(rows, columns, torch.empty(rows.shape, dtype=torch.float64, device=like.device))
+
+    def parts(self, tiles: int, parts: int) -> tuple[Tensor, Tensor]:
+        """Room for what a launch of that grid writes."""
+        planes, height = self.rows.shape
+        return self.rows.new_empty(2, planes, parts, height), self.rows.new_empty(planes, tiles, self.columns.shape[1])
+
+    def take(self, by_row: Tensor, by_column: Tensor, flag: Tensor | None) -> None:
+        """The sums of a launch's parts, only while its flag is set."""
+        add_parts(by_row[0], self.rows, first=True, flag=flag)
+        add_parts(by_column, self.columns, first=True, flag=flag)
+        self.take_along(by_row, flag)
+
+    def take_along(self, by_row: Tensor, flag: Tensor | None) -> None:
+        """Of them <weights, relation> alone."""
+        add_parts(by_row[1], self.along, first=True, flag=flag)
+
+
+class OperandWeights:
+    """Collects the gradient of one side's weights alone."""
+
+    def __init__(self, operand: Operand):
+        self.operand = operand
+        self.along: Tensor | None = None
+
+    def add_along(self, sums: Tensor, place: Tile) -> None:
+        """sums (K,) float64: <H, relation without its weight> of a block, where a kernel has summed it."""
+        sums = sums * (1.0 if place.mirrored else 0.5)
+        self.along = sums if self.along is None else self.along + sums
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(None, None, weights), as of one whose embeddings learn."""
+        return None, None, self.along.to(self.operand.weights.dtype)
+
+
+class OperandGradient(OperandWeights):
     """Collects the gradient of one side from blocks of gradient weights, as RelationGradient does from tiles of H."""
 
     def __init__(self, operand: Operand, sweep: Sweep, stored: torch.dtype):
+        super().__init__(operand)
         dtype = operand.weights.dtype
-        self.operand, self.sweep = operand, sweep
+        self.sweep = sweep
         self.rows = torch.zeros(operand.rows.shape, dtype=dtype, device=operand.rows.device)
         self.columns = self.rows if sweep is Sweep.TRIANGLE else None
+        self.row_totals = self.column_totals = self.rows.new_zeros(len(operand.rows))
         if sweep is Sweep.PAIR:
             self.columns = torch.zeros(operand.columns.shape, dtype=dtype, device=operand.rows.device)
+            self.column_totals = self.rows.new_zeros(len(operand.columns))
+        self.row_totals = torch.zeros(len(operand.rows), dtype=dtype, device=operand.rows.device)
+        self.column_totals = (
+            self.row_totals if sweep is Sweep.TRIANGLE else self.row_totals.new_zeros(len(operand.columns))
+        )
         self.right = self.left = Centred(operand.columns, dtype, stored)
         self.there = self.here = self.right.whole()
         if operand.columns is not operand.rows:
             self.left = Centred(operand.rows, dtype, stored)
             self.here = self.left.whole()
-        self.along: Tensor | None = None
 
     def add(self, blocks: Tensor, place: Tile, row_sums: Tensor, column_sums: Tensor) -> None:
         """blocks (1 or K, rows, columns) and their sums before they were stored, (1 or K, rows) and (1 or K, columns).
@@ -189,9 +248,13 @@ class OperandGradient:
         """
         i, j = slice(*place.rows), slice(*place.columns)
         if self.operand.kind == "cosine":
-            self.rows[i] += self.right.weighted(blocks[0], self.there[j], row_sums[0])
+            add_product(self.rows[i], blocks[0], self.there[j], first=False)
+            if self.right.mean is not None:
+                self.row_totals[i] += row_sums[0]
             if place.mirrored:
-                self.columns[j] += self.left.weighted(blocks[0].T, self.here[i], column_sums[0])
+                add_product(self.columns[j], blocks[0].T, self.here[i], first=False)
+                if self.left.mean is not None:
+                    self.column_totals[j] += column_sums[0]
             return
         for k, segment in enumerate(self.operand.segments):
             here, there = self.here[i, segment], self.there[j, segment]
@@ -199,14 +262,13 @@ class OperandGradient:
             if place.mirrored:
                 self.columns[j, segment] += (blocks[k].T @ here).addcmul_(there, column_sums[k, :, None], value=-1)
 
-    def add_along(self, sums: Tensor, place: Tile) -> None:
-        """sums (K,) float64: <H, relation without its weight> of a block, where a kernel has summed it."""
-        sums = sums * (1.0 if place.mirrored else 0.5)
-        self.along = sums if self.along is None else self.along + sums
-
     def finish(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """(rows, columns or None, weights), as RelationGradient.finish; without `along` from <rows' gradient, rows>."""
         columns = self.columns if self.sweep is Sweep.PAIR else None
+        if self.operand.kind == "cosine":
+            self._finish_products(self.rows, self.row_totals, self.right)
+            if columns is not None:
+                self._finish_products(columns, self.column_totals, self.left)
         weights = self.along
         if weights is None:
             emb = self.operand.rows
@@ -218,3 +280,9 @@ class OperandGradient:
             return self.rows, columns, weights
         spread = self.operand.spread()
         return self.rows.mul_(spread), None if columns is None else columns.mul_(spread), weights
+
+    @staticmethod
+    def _finish_products(sums: Tensor, totals: Tensor, factor: Centred) -> None:
+        """In place: from products with centred embeddings to those with the embeddings."""
+        if factor.mean is not None:
+            finished_gradient(sums, totals, factor.mean, factor.reach, None, None, 0, None, 0, sums)

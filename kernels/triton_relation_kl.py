@@ -17,9 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked import SUM_BITS, fixed_reference, spans
-from .chunked_relation import Sweep, Tile
+from .chunked_relation import Sweep
 from .chunked_relation_kl import REACH, SUMS, References
-from .triton_relation import Operand, OperandGradient, relation_tile, segment_tile, sizes, waves
+from .triton_passes import add_parts
+from .triton_relation import (
+    Operand,
+    OperandGradient,
+    OperandWeights,
+    WeightSums,
+    relation_tile,
+    segment_tile,
+    sizes,
+    waves,
+)
 from .triton_tiles import Config, Work, choose_config, store_weights
 
 
@@ -152,8 +162,9 @@ def of_columns(coefficients_ptr, k: tl.constexpr, columns, n):
 
 
 @triton.jit
-def relation_weights_kernel(
-    run_ptr, x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+def relation_weights_tile(
+    tile, parts,
+    x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
     z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr, tc_ref_ptr,
     coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
     teacher_ptr, teacher_rows_ptr, teacher_columns_ptr,
@@ -161,14 +172,8 @@ def relation_weights_kernel(
     K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr, TEACHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of H, or of C for euclidean relations, in h and with TEACHER (float32) in teacher, a plane a segment.
-
-    row_sums (sum of what is stored, <H, S>; column tiles; rows), column_sums (row tiles, columns); teacher_rows (the
-    same without the weight; K; column tiles; rows), teacher_columns (K, row tiles, columns), for euclidean ones only.
-    """
-    if tl.load(run_ptr) == 0:
-        return
-    first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
+    """relation_weights_kernel's column tile `tile` of `parts`."""
+    first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tile * BLOCK_N
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     inside = row_ok[:, None] & column_ok[None, :]
@@ -204,8 +209,8 @@ def relation_weights_kernel(
         h += e_t * of_columns(c, 2, columns, n)
         if TEACHER:
             h_t += e_t * (d * of_columns(c, 3, columns, n) + of_columns(c, 4, columns, n))
-    height, tiles = row_end - row_start, tl.num_programs(1).to(tl.int64)
-    by_row = tl.program_id(1).to(tl.int64) * height + rows - row_start
+    height, tiles = row_end - row_start, tl.cast(parts, tl.int64)
+    by_row = tl.cast(tile, tl.int64) * height + rows - row_start
     by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
     tl.store(row_sums_ptr + tiles * height + by_row, tl.sum(h * s, 1), mask=row_ok)
     if EUCLIDEAN:
@@ -214,7 +219,15 @@ def relation_weights_kernel(
     store_weights(h_ptr, h, rows - row_start, columns - column_start, stride_h, inside)
     tl.store(row_sums_ptr + by_row, tl.sum(h, 1), mask=row_ok)
     tl.store(column_sums_ptr + by_column, tl.sum(h, 0), mask=column_ok)
-    if TEACHER:
+    if TEACHER == 2:
+        for k in range(K):
+            raw = segment_tile(
+                z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, z_starts_ptr, k,
+                first_row, first_column, row_end, column_end, F, K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            out = teacher_rows_ptr + (K + tl.cast(k, tl.int64)) * tiles * height + by_row
+            tl.store(out, tl.sum(h_t * raw, 1), mask=row_ok)
+    if TEACHER == 1:
         if EUCLIDEAN:
             for k in range(K):
                 away = segment_tile(
@@ -234,6 +247,45 @@ def relation_weights_kernel(
                 tl.store(out, tl.sum(slope, 0), mask=column_ok)
         else:
             store_weights(teacher_ptr, h_t, rows - row_start, columns - column_start, stride_h, inside)
+
+
+@triton.jit
+def relation_weights_kernel(
+    run_ptr,
+    x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+    z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr, tc_ref_ptr,
+    coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
+    teacher_ptr, teacher_rows_ptr, teacher_columns_ptr,
+    row_start, row_end, column_start, column_end, parts, offset, b, n, D, F, stride_h, plane_h,
+    K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr, TEACHER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of H, or of C for euclidean relations, in h and with TEACHER (float32) in teacher, a plane a segment.
+
+    row_sums (sum of what is stored, <H, S>; column tiles; rows), column_sums (row tiles, columns); teacher_rows (the
+    same without the weight; K; column tiles; rows), teacher_columns (K, row tiles, columns), for euclidean ones only.
+    TEACHER 2 wants its weights alone: the second half of teacher_rows is all that is made for it.
+    A program takes one column tile; those for a reference a row, which rarely run, are fewer and walk over all `parts`.
+    """
+    if tl.load(run_ptr) == 0:
+        return
+    if SHARED:  # a loop of one round would spill
+        relation_weights_tile(
+            tl.program_id(1), parts, x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+            z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr,
+            tc_ref_ptr, coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr, teacher_ptr,
+            teacher_rows_ptr, teacher_columns_ptr, row_start, row_end, column_start, column_end, offset, b, n, D, F,
+            stride_h, plane_h, K, EUCLIDEAN, SHARED, TEACHER, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        for tile in range(tl.program_id(1), parts, tl.num_programs(1)):
+            relation_weights_tile(
+                tile, parts, x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr,
+                z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr,
+                tc_ref_ptr, coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
+                teacher_ptr, teacher_rows_ptr, teacher_columns_ptr, row_start, row_end, column_start, column_end,
+                offset, b, n, D, F, stride_h, plane_h, K, EUCLIDEAN, SHARED, TEACHER, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
 
 
 def _constants(student: Operand, teacher: Operand, config: Config) -> dict:
@@ -260,11 +312,11 @@ def relation_maxima(
     maxima = student.weights.new_zeros(2, b)
     for i in spans(0, b, config.wave_rows):
         grid = triton.cdiv(i[1] - i[0], config.block_m), min(config.splits, triton.cdiv(n, config.block_n))
-        out = maxima.new_full((2, grid[1], grid[0] * config.block_m), -torch.inf)
+        out = maxima.new_empty(2, grid[1], grid[0] * config.block_m)
         relation_maxima_kernel[grid](
             run, *student.pointers(), *teacher.pointers(), out, i[0], *extent, **_constants(student, teacher, config)
         )
-        maxima[:, slice(*i)] = out.amax(1)[:, : i[1] - i[0]]
+        add_parts(out, maxima[:, slice(*i)], first=True, flag=run, maximum=True)
     return maxima[0], maxima[1]
 
 
@@ -279,7 +331,7 @@ def relation_kl_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep; only while `run` is set, if given."""
     config = config or _config(student, teacher, plain=references.shared)
-    run = _always(student.weights) if run is None else run
+    guard, run = run, _always(student.weights) if run is None else run
     extent = sizes(student, teacher, offset)
     b, n = extent[1:3]
     sums = student.weights.new_zeros(SUMS, b)
@@ -288,16 +340,17 @@ def relation_kl_statistics(
         first = i[0] if sweep is Sweep.TRIANGLE else 0
         mirror_from = {Sweep.TRIANGLE: i[1], Sweep.ROWS: n, Sweep.PAIR: 0}[sweep]
         grid = triton.cdiv(i[1] - i[0], config.block_m), min(config.splits, triton.cdiv(n - first, config.block_n))
-        row_out = sums.new_zeros(SUMS, grid[1], grid[0] * config.block_m)
-        column_out = sums.new_zeros(SUMS, grid[0], 1 if sweep is Sweep.ROWS else n)
+        row_out = sums.new_empty(SUMS, grid[1], grid[0] * config.block_m)
+        column_out = sums.new_empty(SUMS, grid[0], 1 if sweep is Sweep.ROWS else n)
         relation_statistics_kernel[grid](
             run, *student.pointers(), *teacher.pointers(), references.student, references.teacher, row_out, column_out,
             i[0], first, mirror_from, *extent, SHARED=references.shared, **_constants(student, teacher, config),
         )  # fmt: skip
-        sums[:, slice(*i)] += row_out.sum(1)[:, : i[1] - i[0]]
-        if sweep is not Sweep.ROWS:
+        add_parts(row_out, sums[:, slice(*i)], first=False, flag=guard)
+        if mirror_from < n:
             mirrored = sums if columns is None else columns
-            mirrored += column_out.sum(1)
+            add_parts(column_out[:, :, mirror_from:], mirrored[:, mirror_from:], first=False, flag=guard)
+        del row_out, column_out  # before the next wave's are there
     return sums, columns
 
 
@@ -342,12 +395,14 @@ def relation_kl_gradients(
     *,
     want_student: bool = True,
     want_teacher: bool = False,
+    want_weights: bool = False,
     launches: list[tuple[References, Tensor]] | None = None,
     config: Config | None = None,
-) -> tuple[OperandGradient | None, OperandGradient | None]:
+) -> tuple[OperandGradient | None, OperandWeights | None]:
     """Gradients of the sum of `relation_kl_terms` through both sides, None where not wanted.
 
     Coefficients (5, b) and (5, n) are finished ones; `launches` stand in for `references` where the device decides.
+    `want_weights` is of the teacher's weights, without its embeddings unless `want_teacher`.
     """
     launches = launches or [(references, _always(student.weights))]
     coefficients, column_coefficients = coefficients.contiguous(), column_coefficients.contiguous()
@@ -355,52 +410,38 @@ def relation_kl_gradients(
     extent, dtype = sizes(student, teacher, offset), student.weights.dtype
     stored, euclidean = student.stored_dtype(), student.kind == "euclidean"
     gradient = OperandGradient(student, sweep, stored) if want_student else None
-    teacher_gradient = OperandGradient(teacher, sweep, dtype) if want_teacher else None
+    teacher_gradient = OperandGradient(teacher, sweep, dtype) if want_teacher else OperandWeights(teacher)
+    of_teacher = 1 if want_teacher else 2 if want_weights else 0
     segments = len(teacher.weights)
     planes = segments if euclidean and want_teacher else 1
     height, width = min(extent[1], waved.wave_rows), min(extent[2], max(1, waved.wave_columns // planes))
     block = torch.empty(1, height, max(height, width), dtype=stored, device=coefficients.device)
     teacher_block = block.new_empty(planes, *block.shape[1:], dtype=dtype) if want_teacher else None
     for place in waves(sweep, *extent[1:3], height, width):
-        sums, teacher_sums = [], []
+        sums, teacher_sums = (WeightSums.of(place, count, coefficients) for count in (1, segments))
         for refs, run in launches:
-            tile = config or _config(student, teacher, plain=refs.shared and not want_teacher)
-            grid = triton.cdiv(place.shape[0], tile.block_m), triton.cdiv(place.shape[1], tile.block_n)
-            by_row = coefficients.new_zeros(2, 1, grid[1], place.shape[0])
-            by_column = by_row.new_zeros(1, grid[0], place.shape[1])
-            teacher_rows = by_row.new_zeros(2, planes, grid[1], place.shape[0]) if want_teacher else None
-            teacher_columns = by_row.new_zeros(planes, grid[0], place.shape[1]) if want_teacher else None
-            relation_weights_kernel[grid](
+            tile = config or _config(student, teacher, plain=refs.shared and not of_teacher)
+            tiles, parts = triton.cdiv(place.shape[0], tile.block_m), triton.cdiv(place.shape[1], tile.block_n)
+            out = sums.parts(tiles, parts)
+            teacher_out = teacher_sums.parts(tiles, parts) if of_teacher else (None, None)
+            relation_weights_kernel[tiles, parts if refs.shared else min(parts, tile.splits)](
                 run, *student.pointers(), *teacher.pointers(), refs.student, refs.teacher, refs.student_columns,
-                refs.teacher_columns, coefficients, column_coefficients, block, by_row, by_column,
-                teacher_block, teacher_rows, teacher_columns, *place.rows, *place.columns, *extent, block.stride(1),
-                block.stride(0), SHARED=refs.shared, TEACHER=want_teacher, **_constants(student, teacher, tile),
+                refs.teacher_columns, coefficients, column_coefficients, block, *out, teacher_block, *teacher_out,
+                *place.rows, *place.columns, parts, *extent, block.stride(1), block.stride(0),
+                SHARED=refs.shared, TEACHER=of_teacher, **_constants(student, teacher, tile),
             )  # fmt: skip
-            sums.append((by_row, by_column))
-            teacher_sums.append((teacher_rows, teacher_columns))
+            guard = run if len(launches) > 1 else None
+            sums.take(*out, guard)
+            if want_teacher and euclidean:  # other relations' teachers have no sums to be kept
+                teacher_sums.take(*teacher_out, guard)
+            elif of_teacher == 2:
+                teacher_sums.take_along(teacher_out[0], guard)
+        here = slice(place.shape[0]), slice(place.shape[1])
         if want_student:
-            _collect(gradient, block, place, sums, student.weights)
+            gradient.add(block[:, *here], place, sums.rows, sums.columns)
+            gradient.add_along(sums.along.sum(1) / student.weights, place)
         if want_teacher:
-            _collect(teacher_gradient, teacher_block, place, teacher_sums, None)
-    return gradient, teacher_gradient
-
-
-def _collect(
-    gradient: OperandGradient,
-    blocks: Tensor,
-    place: Tile,
-    sums: list[tuple[Tensor, Tensor]],
-    weighted_by: Tensor | None,
-) -> None:
-    """Add one wave's blocks (planes, ...), with the sums of the launch that made them and zeros of the others.
-
-    A student's <H, relation> is of the weighted relation.
-    """
-    row_sums = sum(by_row[0].sum(1) for by_row, _ in sums)
-    column_sums = sum(by_column.sum(1) for _, by_column in sums)
-    gradient.add(blocks[:, : place.shape[0], : place.shape[1]], place, row_sums, column_sums)
-    along = sum(by_row[1].sum((1, 2), dtype=torch.float64) for by_row, _ in sums)
-    if weighted_by is not None:
-        gradient.add_along(along / weighted_by, place)
-    elif gradient.operand.kind == "euclidean":
-        gradient.add_along(along, place)
+            teacher_gradient.add(teacher_block[:, *here], place, teacher_sums.rows, teacher_sums.columns)
+        if of_teacher == 2 or (want_teacher and euclidean):
+            teacher_gradient.add_along(teacher_sums.along.sum(1), place)
+    return gradient, teacher_gradient if of_teacher else None

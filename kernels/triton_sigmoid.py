@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .chunked import spans
 from .chunked_contrastive import Positives
-from .triton_gradient import OwnPairs, SideGradient, own_products
-from .triton_tiles import Centred, Config, Work, choose_config, product_tile, same_pair, store_weights, stored_dtype
+from .triton_gradient import Centred, OwnPairs, SideGradient, add_product, stored_dtype
+from .triton_passes import add_parts, pair_products
+from .triton_tiles import Config, Work, choose_config, product_tile, same_pair, store_weights
 
 
 @triton.jit
@@ -84,21 +85,22 @@ def sigmoid_sweep(
     left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
     own, pairs = (None, (None, None)) if has_ids else _own_pairs(x, y, scale, bias, positives.offset)
     dx, dy = (
-        SideGradient(rows, dtype, of_side) if want else None
-        for rows, of_side, want in ((x, pairs[0], want_x), (y, pairs[1], want_y))
+        SideGradient(rows, others, dtype, of_side) if want else None
+        for rows, others, of_side, want in ((x, right, pairs[0], want_x), (y, left, pairs[1], want_y))
     )
-    row_sums = None if dx is None else dx.new_sums(dtype)
+    row_sums, row_totals = (None, None) if dx is None else dx.new_sums()
     height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
     block = torch.empty((height, width) if gradient else (1, 1), dtype=stored, device=x.device)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     for j in spans(0, len(y), width):
         there = None if dx is None else right.part(slice(*j))
-        column_sums = None if dy is None else scale.new_zeros(j[1] - j[0], y.shape[1])
+        column_sums = None if dy is None else scale.new_empty(j[1] - j[0], y.shape[1])
+        column_totals = scale.new_empty(j[1] - j[0])
         for i in spans(0, len(x), height):
             shape = i[1] - i[0], j[1] - j[0]
-            g = block[: shape[0], : shape[1]]
+            g, mine = block[: shape[0], : shape[1]], slice(*i)
             grid = triton.cdiv(shape[0], config.block_m), triton.cdiv(shape[1], config.block_n)
-            by_row, by_col = scale.new_zeros(3, grid[1], shape[0]), scale.new_zeros(grid[0], shape[1])
+            by_row, by_col = scale.new_zeros(3, grid[1], shape[0]), scale.new_empty(1, grid[0], shape[1])
             sigmoid_kernel[grid](
                 x, y, scale, bias, positives.row_ids, positives.col_ids, g, by_row, by_col,
                 i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
@@ -106,18 +108,20 @@ def sigmoid_sweep(
             )  # fmt: skip
             sums += by_row.sum((1, 2), dtype=torch.float64)
             if row_sums is not None:
-                row_sums[slice(*i)] += right.weighted(g, there, by_row[1].sum(0))
+                add_parts(by_row[1:2], row_totals[None, mine], first=j[0] == 0)
+                add_product(row_sums[mine], g, there, first=j[0] == 0)
             if column_sums is not None:
-                column_sums += left.weighted(g.T, left.part(slice(*i)), by_col.sum(0))
+                add_parts(by_col, column_totals[None], first=i[0] == 0)
+                add_product(column_sums, g.T, left.part(mine), first=i[0] == 0)
         if dy is not None:
-            dy.finish(j[0], column_sums)
+            dy.finish(j[0], column_sums, column_totals)
     sums = sums if own is None else sums + own
     return sums[0], None if dx is None else dx.result(), None if dy is None else dy.result(), sums[1], sums[2]
 
 
 def _own_pairs(x, y, scale, bias, offset: int) -> tuple[Tensor, tuple[OwnPairs, OwnPairs]]:
     """What own pairs add to (loss, sum n, <n, S>), and to the gradients of both sides."""
-    own = own_products(x, y, offset, scale.dtype)
+    own = pair_products(x, y[offset : offset + len(x)])[2]
     z = -(scale * own + bias)
     n = -z.sigmoid()
     sums = torch.stack([-F.logsigmoid(-z).sum(), n.sum(), (n * own).sum()])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import HALF, row_blocks
+from .chunked import HALF
 
 # Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: widen them first there.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -118,61 +118,6 @@ def fused_config(x: Tensor) -> Config | None:
         return replace(FUSED_INTERPRETED, block_k=max(16, features)) if features <= 32 else None
     capability = torch.cuda.get_device_capability(x.device)[0]
     return FUSED[min(10, max(8, capability))].get(max(64, features))
-
-
-def stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """How a block of gradient weights for embeddings like x is kept: float16 for those of 16 bits, else `dtype`.
-
-    float16 has the tensor cores' speed and 3 more bits than bfloat16; times 2^12, weights (at most 4, near 1/N when
-    diffuse) fit its range for any N. A positive's weight, the largest of its row, is rounded by 2^-12 of itself.
-    """
-    return torch.float16 if x.dtype in HALF else dtype
-
-
-class Centred:
-    """Embeddings as the right factor of G products: with float16 weights, apart from their mean and of length <= 1.
-
-    Gradient weights sum to nearly nothing over a row, so what embeddings share (most of a vector on a cone) cancels;
-    rounded weights would leave their rounding there. The mean's part takes the float32 sums of the weights instead.
-    Nothing of all rows is ever held in float32 on the way.
-    """
-
-    def __init__(self, emb: Tensor, dtype: torch.dtype, stored: torch.dtype):
-        self.emb, self.dtype, self.stored = emb, dtype, stored
-        self.narrow = stored == torch.float16
-        if self.narrow:
-            blocks = list(row_blocks(*emb.shape))
-            self.mean = torch.stack([emb[i].to(dtype).sum(0) for i in blocks]).sum(0) / len(emb)
-            reach = torch.stack([(emb[i] - self.mean).abs_().amax() for i in blocks]).amax()
-            self.reach = reach.clamp_min(torch.finfo(dtype).tiny)
-
-    def part(self, rows: slice) -> Tensor:
-        """These rows as the right factor, in the stored dtype."""
-        emb = self.emb[rows]
-        if not self.narrow:
-            return emb.to(self.dtype)
-        prepared = torch.empty(emb.shape, dtype=self.stored, device=emb.device)
-        for i in row_blocks(*emb.shape):
-            prepared[i] = (emb[i] - self.mean).div_(self.reach)
-        return prepared
-
-    def whole(self) -> Tensor:
-        """All rows as the right factor, for sweeps that come back to them."""
-        return self.part(slice(None))
-
-    def weighted(self, g: Tensor, part: Tensor, totals: Tensor) -> Tensor:
-        """g times the embeddings whose `part` it is, in float32; totals are g's row sums before it was stored."""
-        if not self.narrow:
-            return g @ part
-        if g.device.type == "cpu":
-            return self.finished(g.float() @ part.float(), totals)
-        return self.finished(torch.mm(g, part, out_dtype=torch.float32), totals)
-
-    def finished(self, product: Tensor, totals: Tensor) -> Tensor:
-        """A float32 product of stored weights with a part, overwritten by that with the embeddings as given."""
-        if not self.narrow:
-            return product
-        return product.mul_(self.reach / STORED_SCALE.value).addcmul_(totals[:, None], self.mean)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def test_results_are_kept_by_the_studys_name(found, tmp_path, monkeypatch):
     }  # fmt: skip
     analyse.write_study(study, tmp_path / "cells", {"clean": {"joint": {"a": 1}}}, tmp_path, keep=True)
     kept = sorted(path.name.split("-method-")[1] for path in Path(tmp_path / "results").iterdir())
-    assert kept == ["ablations-cells.json", "ablations-differences.csv", "ablations.csv", "ablations.md", "ablations.png"]
+    assert kept == [f"ablations{end}" for end in ("-cells.json", "-differences.csv", ".csv", ".md", ".png")]
     page = (tmp_path / "study.md").read_text()
     assert "# Method ablations" in page and "`vlscale bench method --study x`" in page and "| joint' | 20.0 |" in page
     assert "## Settings, not tuned" in page and '| clean | joint | `{"a": 1}` |' in page

@@ -99,6 +99,15 @@ def relative(got: Tensor, truth: Tensor) -> float:
     return ((got - truth).norm() / truth.norm()).item()
 
 
+def gradients_of(case: Case, learned: list[str], impl: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """Gradients of the inputs `learned` where nothing else learns, and where everything does."""
+    found = []
+    for wanted in (learned, list(case.inputs)):
+        values = {name: value.requires_grad_(name in wanted) for name, value in case.leaves(impl, dtype).items()}
+        found.append(torch.autograd.grad(case.loss(values, impl), [values[name] for name in learned]))
+    return found
+
+
 def check_budget(case: Case, impl: str, dtype: torch.dtype, *, cap: float | None = None, floor: float = 4e-7) -> None:
     """Every output within twice the error of dense torch, truth being float64 of the same rounded inputs.
 

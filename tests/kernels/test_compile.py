@@ -142,9 +142,10 @@ OPS = {
         (leaf(X), leaf(Y), leaf(9.0), leaf(-5.0), IDS, [True] * 4, "chunked"),
     ),
     "relation_kl_forward_matrix": lambda: (relation_kl.forward_op, kl_arguments("cosine", True, "chunked", (3, 5))),
-    "relation_kl_backward": lambda: kl_backward("cosine", False, "chunked", (True, False)),
-    "relation_kl_backward_teacher": lambda: kl_backward("euclidean", False, "chunked", (False, True), (3, 5)),
-    "relation_kl_backward_matrix": lambda: kl_backward("cosine", True, "chunked", (True, True), (3, 5)),
+    "relation_kl_backward": lambda: kl_backward("cosine", False, "chunked", (True, False, False)),
+    "relation_kl_backward_teacher": lambda: kl_backward("euclidean", False, "chunked", (False, True, False), (3, 5)),
+    "relation_kl_backward_matrix": lambda: kl_backward("cosine", True, "chunked", (True, True, True), (3, 5)),
+    "relation_kl_backward_weights": lambda: kl_backward("cosine", False, "chunked", (False, False, True), (3, 5)),
     "relation_match_forward_mixture": lambda: match_arguments("mae", (True, True), widths=(3, 5)),
     "relation_match_forward_wasserstein": lambda: match_arguments("wasserstein", (True, True), widths=(3, 5)),
     "relation_match_forward_of_the_teacher": lambda: match_arguments("wasserstein", (False, True)),
@@ -176,7 +177,8 @@ OPS |= {
             ),
         ),
         "relation_kl_forward": lambda: (relation_kl.forward_op, kl_arguments("cosine", False, "triton", (3, 5))),
-        "relation_kl_backward": lambda: kl_backward("cosine", False, "triton", (True, True), (3, 5)),
+        "relation_kl_backward": lambda: kl_backward("cosine", False, "triton", (True, True, True), (3, 5)),
+        "relation_kl_backward_weights": lambda: kl_backward("cosine", False, "triton", (True, False, True), (3, 5)),
         "relation_match_forward": lambda: match_arguments("mae", (True, True), "triton", (3, 5)),
     }.items()
 }

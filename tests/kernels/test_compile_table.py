@@ -22,6 +22,7 @@ HOT = (
     "relation_statistics_kernel",
     "relation_weights_kernel",
 )
+PASSES = ("pair_products_kernel", "gradient_kernel", "deviations_kernel", "centre_kernel")  # have no products
 KEYS = ("kernel", "variant", "dtype", "arch", "tile", "warps")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 # One of each family and each architecture; the whole table is `python benchmarks/kernels_compile.py --write`.
@@ -58,7 +59,7 @@ def test_every_row_is_sound(table):
         assert int(row["shared_bytes"]) <= SHARED_LIMIT[row["arch"]], row
         assert int(row["registers"]) <= 255, row
         if row["dtype"] != "fp32":
-            assert int(row["mma"]) > 0, f"no tensor-core instruction: {row}"
+            assert (int(row["mma"]) > 0) == (row["kernel"] not in PASSES), f"tensor-core instructions: {row}"
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.stem)

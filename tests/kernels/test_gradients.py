@@ -112,6 +112,18 @@ def test_relation_kl(small_tiles, impl, scope, relation):
     assert gradcheck(*problem(case, impl))
 
 
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("relation", ["cosine", "euclidean"])
+@pytest.mark.parametrize("learned", [["x"], ["w"], ["x", "w"], ["z0"], ["tau_s"]])
+def test_relation_kl_of_what_learns(small_tiles, learned, scope, relation):
+    """A mixture's weights that learn alone, as over frozen teachers, get what they get beside everything else."""
+    x, z = k.embeddings("random", 6, 4)
+    case = k.kl_case(x, [z, x.flip(0)[:, :3]], [0.7, 0.6], (0.5, 0.3), scope=scope, relation=relation)
+    alone, among = k.gradients_of(case, learned, "chunked", torch.float64)
+    for value, truth in zip(alone, among, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("metric", ["mae", "mse", "wasserstein"])
 def test_relation_match(small_tiles, impl, metric):
@@ -125,12 +137,7 @@ def test_relation_match_of_one_side(small_tiles, metric, learned):
     """What is frozen changes nothing of the other side's gradient: RVLR holds a teacher to a mixture that learns."""
     x, z = k.embeddings("random", 6, 4)
     case = k.match_case(x, [z, x.flip(0)[:, :3]], [0.7, -0.6], 0.5, metric)
-    found = []
-    for wanted in (learned, list(case.inputs)):
-        values = {name: value.double().requires_grad_(name in wanted) for name, value in case.inputs.items()}
-        grads = torch.autograd.grad(case.loss(values, "chunked"), [values[name] for name in learned])
-        found.append(grads)
-    for alone, among in zip(*found, strict=True):
+    for alone, among in zip(*k.gradients_of(case, learned, "chunked", torch.float64), strict=True):
         torch.testing.assert_close(alone, among, rtol=1e-9, atol=1e-12)
 
 
@@ -163,5 +170,8 @@ def test_no_gradient_is_made_for_what_asks_for_none(monkeypatch):
     x, z = k.embeddings("random", 6, 4)
     leaf = x.clone().requires_grad_()
     relation_kl_loss(leaf, z, student_temperature=0.1, teacher_temperature=0.1).backward()
-    assert asked == {"want_student": True, "want_teacher": False}
+    assert asked == {"want_student": True, "want_teacher": False, "want_weights": False}
     assert leaf.grad.abs().sum() > 0
+    mixture = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    relation_kl_loss(x, z, teacher_weights=mixture, student_temperature=0.1, teacher_temperature=0.1).backward()
+    assert asked == {"want_student": False, "want_teacher": False, "want_weights": True}

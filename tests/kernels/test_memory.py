@@ -65,7 +65,7 @@ def kl_of_a_mixture(n: int, ids: None) -> None:
     student, teacher = torch.empty(1, device="meta"), torch.empty(2, device="meta")
     settings = student, z, teacher, [D // 2, D // 2], "euclidean", False, "chunked"
     statistics = body(relation_kl.forward_op)(x, *settings)[1]
-    body(relation_kl.backward_op)(torch.empty((), device="meta"), x, *settings, statistics, True, True)
+    body(relation_kl.backward_op)(torch.empty((), device="meta"), x, *settings, statistics, True, True, True)
 
 
 def match(metric: str):

@@ -20,8 +20,9 @@ SHAPES = [(2, 16, 14.3), (63, 100, 100.0), (129, 64, 14.3), (260, 40, 100.0)]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_multiplied_as_they_are(dtype):
     from vlscale.kernels.chunked import tile_operands
+    from vlscale.kernels.triton_gradient import stored_dtype
     from vlscale.kernels.triton_relation import Operand
-    from vlscale.kernels.triton_tiles import fused_config, stored_dtype
+    from vlscale.kernels.triton_tiles import fused_config
 
     x, one = torch.zeros(2, 8, dtype=dtype), torch.ones(1)
     assert tile_operands(x, x, one, "triton")[0] is x and Operand.of(x, x, one, [8], "cosine").rows is x
@@ -100,7 +101,8 @@ def test_contrastive_second_order_of_bfloat16(regime, ids):
             row_ref = col_ref = p.fixed_reference(p.contrastive_bound(x, y, scale), scale.dtype)
             rows, cols = p.contrastive_statistics(x, y, scale, row_ref, col_ref, positives)
         else:
-            row_ref, col_ref, rows, cols, _ = triton_contrastive.contrastive_references(x, y, scale, positives)
+            statistics = triton_contrastive.contrastive_forward(x, y, scale, positives)[1]
+            row_ref, col_ref, rows, cols = statistics[0], statistics[1], statistics[2:5], statistics[5:]
         weights = p.Weights(row_ref.expand(n).contiguous(), col_ref.expand(n).contiguous(), rows, cols, positives)
         own = p.contrastive_own_direction(*operands, scale, w)
         sums = module.contrastive_double_statistics(*operands, scale, w, weights, (own, own))

@@ -52,7 +52,8 @@ def all_of_kl(relation: str, matrix: bool) -> None:
     x, z = meta(N, 64, dtype=torch.bfloat16), meta(N, 48, dtype=torch.bfloat16)
     given = x, meta(1), z, meta(2), [32, 16], relation, matrix, "triton"
     statistics = body(relation_kl.forward_op)(*given)[1]
-    body(relation_kl.backward_op)(meta(), *given, statistics, True, True)
+    body(relation_kl.backward_op)(meta(), *given, statistics, True, True, True)
+    body(relation_kl.backward_op)(meta(), *given, statistics, True, False, True)
 
 
 def all_of_mae() -> None:
@@ -101,7 +102,7 @@ def test_launchers_read_nothing(launch, monkeypatch):
             launched.append(grid)
             return super().__getitem__(grid)
 
-    for family in (*families, "retrieval"):
+    for family in (*families, "retrieval", "passes"):
         module = import_module(f"vlscale.kernels.triton_{family}")
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted())

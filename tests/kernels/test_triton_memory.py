@@ -18,7 +18,7 @@ BESIDE = 1.5e9
 
 @pytest.fixture
 def on_paper(monkeypatch):
-    from vlscale.kernels import triton_contrastive, triton_contrastive_double, triton_contrastive_fused
+    from vlscale.kernels import triton_contrastive, triton_contrastive_double, triton_contrastive_fused, triton_passes
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for name in ("maxima_kernel", "statistics_kernel", "weights_kernel"):
@@ -26,6 +26,8 @@ def on_paper(monkeypatch):
     for name in ("double_statistics_kernel", "double_weights_kernel"):
         monkeypatch.setattr(triton_contrastive_double, name, NoKernel())
     monkeypatch.setattr(triton_contrastive_fused, "fused_gradient_kernel", NoKernel())
+    for name in [name for name in vars(triton_passes) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_passes, name, NoKernel())
 
 
 def peaks(width: int, dtype: torch.dtype, *, ids: bool, want: tuple[bool, bool]) -> tuple[int, int, int]:

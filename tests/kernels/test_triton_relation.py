@@ -76,6 +76,20 @@ def test_relation_kl_fallback(scope, kind):
         assert k.relative(got[name], truth[name]) <= max(2 * k.relative(dense[name], truth[name]), 2e-5)
 
 
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperatures", [(0.5, 0.3), (0.004, 0.003)], ids=["constant", "maxima"])
+def test_a_mixture_that_learns_over_frozen_teachers(scope, kind, temperatures):
+    """Its weights' gradient is made without the teachers'."""
+    x, z = (v.float() for v in k.embeddings("random", 130, 24))
+    case = k.kl_case(x, [z, x.flip(0)[:, :13]], [0.7, 0.6], temperatures, scope=scope, relation=kind)
+    for learned in (["w"], ["x", "w"]):
+        alone, among = k.gradients_of(case, learned, "triton", torch.float32)
+        for value, truth in zip(alone, among, strict=True):
+            assert truth.abs().sum() > 0
+            assert k.relative(value.cpu().double(), truth.cpu().double()) < 2e-5
+
+
 def test_copies_of_a_row_have_distance_and_slope_zero():
     """Where rounding cannot tell a distance from 0 it is 0: in bfloat16, whose products are exact, as in `chunked`."""
     x, z = (v[torch.arange(66) // 2] for v in k.embeddings("random", 33, 16))
@@ -176,6 +190,12 @@ def test_rectangles_agree_with_the_chunked_ones(sweep, kind, maxima):
     got = kernels.relation_kl_gradients(*narrow, got_refs[0], mine, theirs, how, offset, config=config, **want)
     for a, b in zip(truth, got, strict=True):
         close(b.finish(), a.finish())
+
+    want = {"want_student": False, "want_weights": True}
+    truth = p.relation_kl_gradients(*exact, truth_refs[0], own, other, how, offset, **want)
+    got = kernels.relation_kl_gradients(*narrow, got_refs[0], mine, theirs, how, offset, config=config, **want)
+    assert truth[0] is got[0] is None
+    close(got[1].finish(), truth[1].finish())
 
 
 def close(got, truth):

@@ -79,7 +79,8 @@ class Collected:
     def add(self, gradient: "p.RelationGradient | OperandGradient", block: Block) -> list[Tensor]:
         """Returns what belongs to the columns' owner: (n, F), or nothing where they are not served."""
         rows, columns, weights = gradient.finish()
-        self.rows[block.rows] += rows
+        if rows is not None:
+            self.rows[block.rows] += rows
         self.weights += weights
         return [] if columns is None else [columns]
 

@@ -8,7 +8,8 @@ Products, of 2 N^2 D: gather and ring 5/W, half_ring 3/W. Bytes a rank receives:
 gather     (W-1)/W N ((D_s + D_t) e + 12)                      the columns once, their coefficients in the backward
 ring       (W-1)/W N (2 (D_s + D_t) e + 12)                    the columns again in the backward
 half_ring  N/2 (2 (D_s + D_t) e + 32 + 4 D_s) at most          sums and the student's gradient return to their owner
-Matrix scope needs no coefficients of others; a teacher that learns takes 8 more, and 4 D_t to return.
+Matrix scope needs no coefficients of others; a teacher that learns takes 8 more, and 4 D_t to return, which weights
+that learn alone do not.
 """
 
 from collections.abc import Sequence
@@ -219,7 +220,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         *inputs, held_student, held_teacher = ctx.saved_tensors
         problem, needed = ctx.problem, ctx.needs_input_grad[:4]
-        want = any(needed[:2]), any(needed[2:])
+        want = any(needed[:2]), needed[2], needed[3]
         sides = problem.sides(*inputs)
         found = _gradients(sides, [held_student, held_teacher], ctx.statistics, want, problem)
         mean = all_reduce(grad, problem.ranks)
@@ -233,19 +234,25 @@ def _gradients(
     sides: tuple[Side, Side],
     held: Sequence[Tensor],
     statistics: Statistics,
-    want: tuple[bool, bool],
+    want: tuple[bool, bool, bool],
     problem: Problem,
 ) -> list[Tensor | None]:
-    """Of student (b, D_s), its weight, teacher (b, D_t), weights; this rank's part of the weights', not yet over N."""
+    """Of student (b, D_s), its weight, teacher (b, D_t), weights; this rank's part of the weights', not yet over N.
+
+    `want`: the student's, the teacher's, its weights alone.
+    """
     dtype, b = sides[0].weights.dtype, len(sides[0].rows)
     own = p.relation_kl_coefficients(statistics.sums).to(dtype)
-    riding = [] if problem.matrix else [own[: 5 if want[1] else 3].T.contiguous()]  # the student's are the first three
+    riding = (
+        [] if problem.matrix else [own[: 5 if any(want[1:]) else 3].T.contiguous()]
+    )  # the student's are the first three
     refs = statistics.references
     if not refs.shared:
         riding += [refs.student, refs.teacher]
     own = own.expand(-1, b)
     collected = [Collected(side) for side in sides]
-    wanted = [c for c, asked in zip(collected, want, strict=True) if asked]
+    asked = want[0], any(want[1:])
+    wanted = [c for c, does in zip(collected, asked, strict=True) if does]
 
     def visit(block):
         student, teacher = (side.against(c, block) for side, c in zip(sides, block.held, strict=True))
@@ -262,13 +269,15 @@ def _gradients(
             block.offset,
             want_student=want[0],
             want_teacher=want[1],
+            want_weights=want[2],
         )
         done = [g for g in gradients if g is not None]
         return [part for c, g in zip(wanted, done, strict=True) for part in c.add(g, block)]
 
-    collect(statistics.blocks, held, riding, visit, wanted)
+    returning = [c for c, does in zip(collected, want[:2], strict=True) if does]
+    collect(statistics.blocks, held, riding, visit, returning)
     return [
         part
-        for c, asked in zip(collected, want, strict=True)
-        for part in ((c.rows, c.weights) if asked else (None, None))
+        for c, does in zip(collected, asked, strict=True)
+        for part in ((c.rows, c.weights) if does else 2 * (None,))
     ]
