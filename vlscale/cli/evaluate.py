@@ -32,7 +32,7 @@ def evaluate(
     from vlscale.progress import LINE_SECONDS, Progress
 
     prepare("--json", json)
-    request = EvalRequest(model, data, protocol, label or [], caption_key, batch_size, annotations, cache, rerank)
+    request = EvalRequest(model, data, protocol, label, caption_key, batch_size, annotations, cache, rerank)
     with Progress(f"embedding {Path(model).name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
         _, result = evaluate_model(request, progress)
     if json is not None:

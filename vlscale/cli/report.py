@@ -10,37 +10,51 @@ from vlscale.cli.outputs import prepare
 
 def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, in the order to compare them.")] = None,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Runs, exported folders, folders or hub names of other models; in the order to compare."),
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="Shard urls; the first run's data.val by default.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="As eval.protocol, for all; the first run's by default.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="As eval.labels, likewise; repeat for more.")] = None,
+    caption_key: Annotated[str | None, typer.Option(help="As data.caption_key, likewise.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="As eval.annotations, likewise.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="As eval.cache, likewise.")] = None,
     study: Annotated[
         Path | None, typer.Option(help="Cells of a method study; alone, or beside the runs.", metavar="FILE.json")
     ] = None,
     title: Annotated[str, typer.Option()] = "vlscale report",
 ) -> None:
-    """Curves, retrieval tables, galleries, and a method study, in one self-contained file."""
-    from vlscale.evaluate.run import run_config
+    """Curves, retrieval tables, galleries, and a method study, in one self-contained file. All runs and models are
+    measured alike: the same shards, captions and protocol."""
     from vlscale.progress import LINE_SECONDS, Progress
-    from vlscale.report.collect import collect_run
+    from vlscale.report import collect
     from vlscale.report.study import read_study, study_of
     from vlscale.report.write import write_report, write_study_page
 
     prepare("--out", out)
-    for run in runs or []:
-        if not run.is_dir():
-            raise ValueError(f"report: {run} is no folder; expected runs")
+    names = collect.short_names(runs) if runs else []
+    collect.check_models(runs or [])
     methods = None if study is None else study_of(read_study(study))
     if not runs:
         if methods is None:
             raise ValueError("report: got neither runs nor --study; name run folders, or the cells of a study")
         print(f"report: {write_study_page(out, methods, title).resolve()}")
         return
-    if data is None:
-        config = run_config(str(runs[0]))
-        data = config and config.data.val
+    like = collect.shared_settings(
+        runs,
+        protocol=protocol,
+        labels=label,
+        caption_key=caption_key,
+        annotations=annotations and str(annotations),
+        cache=cache and str(cache),
+    )
+    data = data or like.data.val
     if not data:
-        raise ValueError(f"report: {runs[0]} names no data.val; give the shards to evaluate on with --data")
+        raise ValueError(f"report: no data.val in {', '.join(runs)}; give the shards to evaluate on with --data")
     reports = []
-    for run in runs:
-        with Progress(f"embedding {run.name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
-            reports.append(collect_run(run.name, run, data, progress))
+    for name, run in zip(names, runs, strict=True):
+        images = reports[0].images if reports else None
+        with Progress(f"embedding {name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
+            reports.append(collect.collect_run(name, run, data, progress, like=like, images=images))
     print(f"report: {write_report(out, reports, title=title, methods=methods).resolve()}")

@@ -97,14 +97,15 @@ def evaluate_corpus(
     return EvalResult(protocol, len(corpus.keys), len(corpus.captions), metrics, labels, notes, rerank, replicates)
 
 
-def relevance_of(corpus: EmbeddedCorpus, result: EvalResult) -> relevance.Relevance | None:
-    """The relevance inside a modality that `result` was measured by; with several labels, the first; None for pairs."""
+def relevance_of(corpus: EmbeddedCorpus, result: EvalResult, cache: Path | None = None) -> relevance.Relevance | None:
+    """The relevance inside a modality that `result` was measured by; with several labels, the first; None for pairs.
+    `cache`: as of `evaluate_corpus`."""
     if result.protocol == "synthetic":
         return relevance.scenes(corpus.meta, corpus.text_image)
     if result.protocol == "labels":
         return relevance.labels(corpus.meta, result.labels[0], corpus.text_image)
     if result.protocol in BY_ROUGE:
-        return _rouge(corpus, None, progress=True)
+        return _rouge(corpus, cache, progress=True)
     return None
 
 

@@ -1,6 +1,6 @@
 """Evaluate a saved model on shards: load, embed, measure."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,19 +25,20 @@ class EvalRequest:
     model: str  # a run, its final/, or an exported folder
     data: list[str]  # shard urls
     protocol: str = "auto"
-    labels: list[str] = field(default_factory=list)
+    labels: list[str] | None = None  # None: the run's
     caption_key: str | None = None  # None: the run's, else the default
     batch_size: int = 256
     annotations: Path | None = None  # as eval.annotations
     cache: Path | None = None  # as eval.cache
     rerank: int | None = None  # as eval.rerank
+    reading: DataConfig | None = None  # how shards are read; None: as the run does, else by the defaults
 
 
 def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tuple[EmbeddedCorpus, EvalResult]:
     """Embed every sample that can be read and measure retrieval on them."""
     run = run_config(request.model)
     config = run or Config()
-    data = config.data
+    data = request.reading or config.data
     if request.caption_key is not None:
         data = DataConfig.model_validate(data.model_dump() | {"caption_key": request.caption_key})
     quiet()
@@ -58,7 +59,7 @@ def evaluate_model(request: EvalRequest, progress: Progress | None = None) -> tu
     result = evaluate_corpus(
         corpus,
         request.protocol,
-        request.labels or config.eval.labels,
+        config.eval.labels if request.labels is None else request.labels,
         annotations=request.annotations,
         cache=request.cache,
     )

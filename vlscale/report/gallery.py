@@ -97,7 +97,7 @@ def galleries(runs: list[RunReport], before: str | None = None) -> list[Gallery]
     `before` names an earlier run whose answers stand in front of theirs; it has no part in choosing the queries.
     """
     corpus, result = runs[0].corpus, runs[0].result
-    inside = relevance_of(corpus, result)
+    inside = relevance_of(corpus, result, runs[0].cache)
     belonging = relevances.pairs(len(corpus.keys), corpus.text_image)
     others = Own.OTHERS if result.protocol == "labels" else Own.KEPT
     shade = None if result.protocol == "labels" else inside

@@ -21,6 +21,7 @@ class RunReport:
     result: EvalResult
     corpus: EmbeddedCorpus
     images: Images
+    cache: Path | None = None  # as eval.cache
 
     def picture(self, key: str) -> bytes | None:
         """The sample's encoded picture, None where there is none."""
