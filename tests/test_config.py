@@ -70,6 +70,8 @@ def test_without_variants_the_body_runs_last_in_the_folder_itself(tmp_path):
         ("objective.name=covlr", "needs a teacher.*teacher.source=none"),
         ("objective.contrastive_weight=0", "every objective weight is 0"),
         ("optim.warmup_steps=5000", "warmup_steps=5000 must be below train.max_steps=1000"),
+        ("train.epochs=3", "max_steps=1000 and train.epochs=3 both say how long the run is.*set the other to null"),
+        ("train={epochs: 0, max_steps: null}", "train.epochs.*greater than 0, got 0"),
         ("teacher.source=hf", "needs teacher.image and teacher.text"),
         ("model.locked=[vison]", "'vision' or 'text', got 'vison'"),
         ("model.locked=vision", r"valid list, model\.locked=\[vision\], got 'vision'"),
@@ -78,7 +80,7 @@ def test_without_variants_the_body_runs_last_in_the_folder_itself(tmp_path):
 )
 def test_every_mistake_is_one_line_that_names_it(tmp_path, override, said):
     with pytest.raises(ValueError, match=said) as error:
-        load_plan(write(tmp_path, "c.yaml", ""), [override])
+        load_plan(write(tmp_path, "c.yaml", "train: {max_steps: 1000}"), [override])
     assert "\n" not in str(error.value)
 
 
@@ -106,7 +108,7 @@ def test_merge_leaves_its_arguments_alone():
     assert below == {"a": {"b": 1}} and above == {"a": {"c": 2}}
 
 
-STABLE = """data.train data.val train.global_batch_size train.max_steps train.seed train.checkpoint_every
+STABLE = """data.train data.val train.global_batch_size train.max_steps train.epochs train.seed train.checkpoint_every
 engine.zero_stage engine.dtype engine.comm objective.loss objective.relation_weight objective.relation_weight_image
 objective.relation_weight_text objective.name meta.mode model.dropout model.init_from model.locked"""
 

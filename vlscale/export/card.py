@@ -109,7 +109,7 @@ def _training(config: Config) -> str:
         "objective": f"{objective.name}, {objective.loss} loss",
         "teacher": config.teacher.source,
         "relation weights (image, text)": f"{objective.image_relation_weight}, {objective.text_relation_weight}",
-        "steps": f"{train.max_steps:,}",
+        **({"steps": f"{train.max_steps:,}"} if train.epochs is None else {"epochs": f"{train.epochs:g}"}),
         "global batch": f"{train.global_batch_size:,} pairs",
         "optimizer": f"{optim.name}, lr {optim.lr:g} ({optim.schedule}), weight decay {optim.weight_decay:g}",
         "precision": engine.dtype,

@@ -26,7 +26,20 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VisionConfig",
+    "check_schedule",
 ]
+
+
+def check_schedule(optim: OptimConfig, steps: int, length: str) -> None:
+    """Raises ValueError where the schedule needs more than the run's `steps`, whose origin `length` names."""
+    if optim.warmup_steps >= steps:
+        raise ValueError(f"optim.warmup_steps={optim.warmup_steps} must be below {length}")
+    for tower, until in optim.unlock_after.items():
+        if until >= steps:
+            instead = "leave model.fusion out" if tower == "fusion" else "lock it with model.locked"
+            raise ValueError(
+                f"optim.unlock_after.{tower}={until} must be below {length}: it would never learn; {instead} instead"
+            )
 
 
 class Config(Section):
@@ -43,17 +56,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.optim.warmup_steps >= self.train.max_steps:
-            raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} must be below train.max_steps={self.train.max_steps}"
-            )
-        for tower, until in self.optim.unlock_after.items():
-            if until >= self.train.max_steps:
-                instead = "leave model.fusion out" if tower == "fusion" else "lock it with model.locked"
-                raise ValueError(
-                    f"optim.unlock_after.{tower}={until} must be below train.max_steps={self.train.max_steps}: "
-                    f"it would never learn; {instead} instead"
-                )
+        if self.train.max_steps is not None:
+            check_schedule(self.optim, self.train.max_steps, f"train.max_steps={self.train.max_steps}")
+        if self.train.epochs is not None:
+            self._epochs_can_be_counted()
         if self.train.keep_best is not None and self.data.val is None:
             raise ValueError(
                 f"train.keep_best={self.train.keep_best} needs evaluations, and data.val is not set; give data.val, "
@@ -106,6 +112,19 @@ class Config(Section):
                 "cannot; set engine.comm=gather, or meta.mode=first_order"
             )
         return self
+
+    def _epochs_can_be_counted(self) -> None:
+        epochs, data = self.train.epochs, self.data
+        if data.captions == "all" and data.caption_key.startswith("json:"):
+            raise ValueError(
+                f"train.epochs={epochs:g} with data.captions=all: how many pairs a pass over {data.caption_key} has is "
+                "not known before all of it is read; give train.max_steps instead"
+            )
+        if data.max_repeats is not None and data.weights is None and epochs >= data.max_repeats:
+            raise ValueError(
+                f"train.epochs={epochs:g} needs more passes than data.max_repeats={data.max_repeats} allows; set "
+                "data.max_repeats=null"
+            )
 
     @property
     def teacher_cache(self) -> str | None:

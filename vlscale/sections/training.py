@@ -61,7 +61,9 @@ class TrainConfig(Section):
     chunk_size: int | None = Field(None, gt=0)  # pairs whose activations a tower keeps at once; null: all of a rank's
     accumulate_losses: int = Field(1, gt=0)  # global batches whose losses one update is the mean of. Pairs of different
     # ones never meet, so negatives do not grow: for a larger batch than memory holds there is chunk_size
-    max_steps: int = Field(1000, gt=0)
+    max_steps: int | None = Field(None, gt=0)  # updates; either these or epochs have to be given
+    epochs: float | None = Field(None, gt=0)  # passes over data.train's samples, rounded up to a whole update; with
+    # data.weights, over as many samples as all sources together hold
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(500, gt=0)
     checkpoint_minutes: float | None = Field(None, gt=0)  # and after so many minutes without one
@@ -90,6 +92,15 @@ class TrainConfig(Section):
                 "by the environment or the files of the store's own tools"
             )
         return url
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.max_steps={self.max_steps} and train.epochs={self.epochs:g} both say how long the run is; keep "
+                "one and set the other to null"
+            )
+        return self
 
     @property
     def pairs_a_step(self) -> int:

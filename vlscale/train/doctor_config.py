@@ -17,6 +17,7 @@ from vlscale.models.towers import check_weights
 from vlscale.sections import Config
 from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.doctor import Finding
+from vlscale.train.setup import check_length
 from vlscale.train.sources import named_models
 
 LOOKED_INTO = 3  # shards that are opened: the first, the middle, the last
@@ -37,6 +38,7 @@ def _examine_run(run: PlannedRun, world_size: int) -> list[Finding]:
     config, own = run.config, f" of {run.name}" if run.name else ""
     checks: dict[str, Callable[[], str]] = {
         f"batch{own}": lambda: _batch(config, world_size),
+        f"length{own}": lambda: _length(config),
         f"DeepSpeed{own}": lambda: _deepspeed(config, world_size),
         "data.train": lambda: _shards("data.train", config.data.train, config),
     }
@@ -63,6 +65,12 @@ def _batch(config: Config, world_size: int) -> str:
     if chunk is not None and local % chunk:
         raise ValueError(f"train.chunk_size={chunk} does not divide a rank's {local} pairs")
     return f"{batch} pairs, {local} a rank of {world_size}, {lanes} lanes"
+
+
+def _length(config: Config) -> str:
+    check_length(config.train)
+    epochs = config.train.epochs
+    return f"{config.train.max_steps} steps" if epochs is None else f"{epochs:g} epochs of data.train"
 
 
 def _deepspeed(config: Config, world_size: int) -> str:

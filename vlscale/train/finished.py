@@ -8,6 +8,7 @@ import yaml
 
 from vlscale.config import dump, known_keys, read_tree
 from vlscale.sections import Config
+from vlscale.train.setup import corpus_of
 
 NAMED, WIDTH = 4, 60  # keys that one line names, characters of a value
 _ABSENT = object()
@@ -31,7 +32,7 @@ def asked_otherwise(folder: Path, config: Config) -> str:
     }
     if not changed:
         return ""
-    steps = _value(then, "train.max_steps")
+    steps = _value(then, "train.max_steps") if _value(then, "train.epochs") in (None, _ABSENT) else _counted(folder)
     ended = f"it ended after {steps} steps" if isinstance(steps, int) else "it has ended"
     told = [
         f"{key}={_shown(asked)}" + ("" if key == "train.max_steps" else f" (it has {_shown(was)})")
@@ -43,6 +44,10 @@ def asked_otherwise(folder: Path, config: Config) -> str:
         f": {ended}, and {', '.join(told + more)} {takes} another run, with --out elsewhere and "
         f"model.init_from={folder}"
     )
+
+
+def _counted(folder: Path) -> int | None:
+    return (corpus_of(folder) or {}).get("steps")
 
 
 def _value(tree: dict[str, Any], key: str) -> Any:

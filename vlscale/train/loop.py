@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from vlscale.train.checkpoint_remote import Remote, open_remote
 from vlscale.train.diagnostics import Diagnostics
 from vlscale.train.disk_faults import CannotWrite, optional, stop, written_by_first
 from vlscale.train.engine import Engine
+from vlscale.train.epochs import check_same_steps, tell_steps, with_steps
 from vlscale.train.finished import asked_otherwise, is_complete
 from vlscale.train.frozen_teachers import stamp_facts
 from vlscale.train.key_hash import batch_facts
@@ -39,6 +40,7 @@ from vlscale.train.setup import (
     check_same_data,
     check_teachers,
     claim_folder,
+    corpus_of,
 )
 from vlscale.train.stop import StoppedBySignal, StopWatch
 from vlscale.train.stragglers import Stragglers
@@ -96,6 +98,9 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     check_same_data(manifest, ranks)  # what is wrong with the data is said before a model is built
     check_caption_field(manifest, config.data)
     check_monitors(config.log)
+    config = with_steps(config, manifest.num_samples)
+    tell_steps(job.name, config, manifest.num_samples)
+    job = replace(job, config=config)
     parts = build_parts(config, folder, ranks, manifest)
     engine = Engine(parts.model, config, ranks)
     layout = Layout(ranks.size, config.engine.zero_stage, config.engine.dtype)
@@ -104,7 +109,10 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     try:
         restored = checkpoints.load(before)
         stream = build_stream(config, parts, ranks, restored and restored.stream_state)
-        if restored is None and config.data.changed_shards == "refuse":
+        if restored is not None:
+            began = ranks.from_first((corpus_of(folder) or {}).get("samples") if ranks.first else None)
+            check_same_steps(config.train, began, manifest.num_samples)
+        elif config.data.changed_shards == "refuse":
             check_begun_data(manifest, folder, ranks)
         with closing(iter(stream)) as batches:
             yield Opened(job, parts, engine, checkpoints, restored, batches)
@@ -114,7 +122,7 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
 
 
 def train_run(job: Job, *, resume: bool) -> None:
-    """Train to `train.max_steps`; a run whose `final/` exists is complete and left alone."""
+    """Train to the last step; a run whose `final/` exists is complete and left alone."""
     config, folder, ranks, name = job.config, job.folder, job.ranks, job.name
     if resume and is_complete(folder):
         get_logger().info("%s: complete, nothing to do%s", name, asked_otherwise(folder, config))
@@ -132,9 +140,9 @@ def train_run(job: Job, *, resume: bool) -> None:
         try:
             with written_by_first(folder, ranks):
                 if ranks.first:
-                    claim_folder(folder, config, run.parts)
+                    claim_folder(folder, run.job.config, run.parts)
             _steps(run, chain([first], run.batches), watchdog)
-            watchdog.enter("saving after the last", config.train.max_steps)
+            watchdog.enter("saving after the last", run.job.config.train.max_steps)
             run.save_model(folder / "final")
             run.checkpoints.finish()
         except CannotWrite as fault:

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 
 from vlscale.config import PlannedRun
 from vlscale.data.lanes import choose_lanes
+from vlscale.data.stream import open_train_corpus
+from vlscale.sections import Config
+from vlscale.train.epochs import in_words, with_steps
 from vlscale.train.memory_plan_facts import MASTER, Run, gather_facts
 from vlscale.train.memory_plan_losses import loss_bytes, loss_operations, loss_traffic
 
@@ -37,6 +40,7 @@ class RunPlan:
     moments: dict[str, int]  # bytes at each moment; the largest is the peak
     traffic: dict[str, int]  # bytes
     operations: dict[str, int]
+    length: str = ""  # in steps, where they are known
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -52,10 +56,11 @@ def plan_runs(plan: list[PlannedRun], world_size: int) -> list[RunPlan]:
 def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPlan:
     config = run.config
     choose_lanes(config.train.global_batch_size, world_size, config.data.lanes)  # says what does not divide
+    length, *notes = _length(config)
     facts = gather_facts(config, plan, world_size)
     memory, host = _persistent(facts)
     passing = _passing(facts)
-    text, notes = config.model.text, []
+    text = config.model.text
     if text.config is not None and text.tokenizer is None:
         notes.append(f"the tokenizer is trained when the run starts: counted with all {text.vocab_size} words")
     if (memory | passing).get("buckets", 0) > 2 * facts.learned * facts.size:
@@ -82,8 +87,24 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
         moments=_moments(facts, sum(memory.values()), passing),
         traffic=traffic(facts),
         operations=operations(facts),
+        length=length,
         notes=notes,
     )
+
+
+def _length(config: Config) -> list[str]:
+    """How many steps, and a note where that is not known."""
+    train = config.train
+    if train.max_steps is not None:
+        return [f"{train.max_steps:,}"]
+    if train.epochs is None:
+        return ["", "neither train.max_steps nor train.epochs is set, and a run needs one of them"]
+    try:
+        samples = open_train_corpus(config.data).num_samples
+    except ValueError as error:
+        return ["", f"how many steps train.epochs={train.epochs:g} are is not known here: {error}"]
+    train = with_steps(config, samples).train
+    return [f"{train.max_steps:,}", in_words(train, samples)]
 
 
 def _persistent(run: Run) -> tuple[dict[str, int], dict[str, int]]:

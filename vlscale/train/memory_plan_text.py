@@ -24,6 +24,8 @@ def _one(plan: RunPlan, rates: Rates) -> str:
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     lines = [f"{name}{ranks}, {plan.local_batch_size} pairs a rank, ZeRO-{plan.zero_stage}, {plan.dtype}"]
     lines.append(f"  parameters                     {plan.parameters:>15,} ({plan.learned:,} learn)")
+    if plan.length:
+        lines.append(f"  steps                          {plan.length:>15}")
     lines.append("  memory of a rank")
     lines += [_line(what, count) for what, count in plan.memory.items() if count]
     lines += [_line(f"{what} (host)", count) for what, count in plan.host_memory.items()]

@@ -12,7 +12,7 @@ from vlscale.train.engine import start_ranks
 from vlscale.train.key_hash import batch_facts
 from vlscale.train.loop import Job, open_run
 from vlscale.train.metrics_file import read_metrics
-from vlscale.train.setup import check_sizes
+from vlscale.train.setup import check_sizes, corpus_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ def replay(run: Path, step: int) -> Replayed:
         raise ValueError(
             f"{run} is no run: it holds no config.yaml; give the folder of --out, or a stage's or variant's"
         )
-    if not 1 <= step <= config.train.max_steps:
-        raise ValueError(f"--step {step}: the run has steps 1 to {config.train.max_steps}")
+    steps = config.train.max_steps or (corpus_of(run) or {}).get("steps", step)
+    if not 1 <= step <= steps:
+        raise ValueError(f"--step {step}: the run has steps 1 to {steps}")
     check_sizes(config)
     quiet()
     ranks = start_ranks(config.engine)

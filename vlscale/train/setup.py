@@ -38,10 +38,11 @@ from vlscale.models.teachers import (
 )
 from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
 from vlscale.objectives.masked_language import Words
-from vlscale.sections import Config, ObjectiveConfig
+from vlscale.sections import Config, ObjectiveConfig, TrainConfig
 from vlscale.train.agreed_stream import AgreedStream
 from vlscale.train.cached_teachers import check_teacher_cache
 from vlscale.train.deepspeed_json import json_for_deepspeed
+from vlscale.train.epochs import as_asked
 from vlscale.train.frozen_teachers import TEACHERS, Stamp, check_same_teachers, live_stamp, stamp_text
 from vlscale.train.inputs import Inputs
 
@@ -65,15 +66,18 @@ class Parts:
 
 def claim_folder(folder: Path, config: Config, parts: Parts) -> None:
     """Makes the run's folder, once all that can be wrong has been found right: first the tokenizer, what is trained on
-    and by which teachers, and last the resolved `config.yaml`, which is what makes it a run. One rank does."""
+    and by which teachers, and last the resolved `config.yaml`, which is what makes it a run. One rank does. `config`
+    knows its steps."""
     folder.mkdir(parents=True, exist_ok=True)
     parts.tokenizer.save_pretrained(folder / TOKENIZER)
     manifest = parts.manifest
     corpus = {"manifest": manifest.hash, "shards": len(manifest.urls), "samples": manifest.num_samples}
+    if config.train.epochs is not None:
+        corpus["steps"] = config.train.max_steps
     texts = {CORPUS: json.dumps(corpus) + "\n"}
     if parts.stamp is not None:
         texts[TEACHERS] = stamp_text(parts.stamp)
-    for name, text in (texts | {"config.yaml": dump(config)}).items():
+    for name, text in (texts | {"config.yaml": dump(as_asked(config))}).items():
         partial = folder / f".{name}.partial"
         partial.write_text(text)
         os.replace(partial, folder / name)
@@ -83,6 +87,7 @@ def check_sizes(config: Config) -> None:
     """What can be refused before any rank starts or anything is read."""
     if config.data.train is None:
         raise ValueError("data.train is not set: give the training shards, for example data.train='SHARDS/train-*.tar'")
+    check_length(config.train)
     batch, size = config.train.global_batch_size, int(os.environ.get("WORLD_SIZE", 1))
     choose_lanes(batch, size, config.data.lanes)
     json_for_deepspeed(config, size)
@@ -92,6 +97,14 @@ def check_sizes(config: Config) -> None:
         raise ValueError(
             f"train.chunk_size={chunk} does not divide a rank's {local} pairs (train.global_batch_size={batch} over "
             f"{size} ranks); nearest that does: {min(fits, key=lambda c: abs(c - chunk))}"
+        )
+
+
+def check_length(train: TrainConfig) -> None:
+    if train.max_steps is None and train.epochs is None:
+        raise ValueError(
+            "train.max_steps is not set: say how long the run is, for example train.max_steps=1000, or train.epochs=3 "
+            "for passes over data.train"
         )
 
 
@@ -176,7 +189,7 @@ def check_same_data(manifest: Manifest, ranks: Ranks) -> None:
 def check_begun_data(manifest: Manifest, begun: Path, ranks: Ranks) -> None:
     """A run that starts anew in a folder in which it had `begun` must see the same shards too. A checkpoint knows its
     own."""
-    before = ranks.from_first(_corpus_of(begun) if ranks.first else None)
+    before = ranks.from_first(corpus_of(begun) if ranks.first else None)
     if before and before["manifest"] != manifest.hash:
         raise ValueError(
             f"cannot resume: the shards (their manifest) changed, {begun} began with {before['shards']} shards and "
@@ -185,8 +198,9 @@ def check_begun_data(manifest: Manifest, begun: Path, ranks: Ranks) -> None:
         )
 
 
-def _corpus_of(folder: Path) -> dict | None:
-    """None where there is no run yet, or what it says of itself was lost with the power."""
+def corpus_of(folder: Path) -> dict | None:
+    """What the run in `folder` trains on. None where there is no run yet, or what it says of itself was lost with the
+    power."""
     try:
         return json.loads((folder / CORPUS).read_text())
     except (FileNotFoundError, ValueError):
