@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.train.launcher import launch
 from vlscale.cli import main
@@ -121,3 +122,36 @@ def test_other_spellings_and_older_files_are_no_difference(tiny_config, tmp_path
     assert resumed(tiny_config, run, caplog, *given) == ""
     (run / "config.yaml").write_text("optim: {name: sgd}")
     assert ": it has ended, and optim.name=adamw (it has sgd) takes" in resumed(tiny_config, run, caplog, "optim.lr=3")
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_config, tmp_path_factory) -> Path:
+    """A run after step 2 of 6."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    train_plan(load_plan(tiny_config, ["log.progress=false", "train.max_steps=2"]), run, resume=False)
+    shutil.rmtree(run / "final")
+    return run
+
+
+def test_a_run_that_goes_on_tells_what_is_set_otherwise(stopped, tiny_config, tmp_path, caplog):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    train_plan(load_plan(tiny_config, ["log.progress=false", "optim.lr=0.002"]), run, resume=True)
+    assert "run: other settings from here on: optim.lr=0.002 (was 0.001), train.max_steps=6 (was 2)" in caplog.messages
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"] == 0.002
+    shutil.rmtree(run / "final")
+    caplog.clear()
+    train_plan(load_plan(tiny_config, ["log.progress=false", "optim.lr=0.002"]), run, resume=True)
+    assert not [message for message in caplog.messages if "other settings" in message]
+
+
+@pytest.mark.parametrize(
+    "given", ["optim.unlock_after={text: 4}", "model.embed_dim=8", "model.locked=[vision]", "optim.layer_decay=0.5"]
+)
+def test_settings_that_the_checkpoint_does_not_fit_are_named(stopped, tiny_config, tmp_path, capsys, given):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tiny_config), "--out", str(run), "--resume", "log.progress=false", given])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    key, _, _ = given.partition("=")
+    assert ended.value.code == 2 and f"cannot resume: the newest checkpoint does not fit {key}=" in line
+    assert not (run / "final").exists()

@@ -1,4 +1,4 @@
-"""What is said of a run that is complete: it is never trained on, which who asks for something else has to hear."""
+"""How what is asked of a run differs from what its folder says it was made with, in one line."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,13 @@ from typing import Any
 import yaml
 
 from vlscale.config import dump, known_keys, read_tree
+from vlscale.logging import get_logger
+from vlscale.models.towers import one_line
 from vlscale.sections import Config
 from vlscale.train.setup import corpus_of
 
 NAMED, WIDTH = 4, 60  # keys that one line names, characters of a value
+SHAPING = ("model.", "optim.", "objective.", "engine.")
 _ABSENT = object()
 
 
@@ -18,36 +21,64 @@ def is_complete(folder: Path) -> bool:
     return (folder / "final").is_dir()
 
 
-def asked_otherwise(folder: Path, config: Config) -> str:
-    """How `config` differs from what the complete run in `folder` was made with, and what that takes; empty where it
-    does not. Keys that the run's own file lacks are not compared: an older version wrote it."""
+def changed_settings(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """By key, what the run in `folder` was made with and what `config` asks for. Keys that the run's own file lacks are
+    not compared: an older version wrote it."""
     made = folder / "config.yaml"
     if not made.is_file():
-        return ""
+        return {}
     then, now, keys = read_tree(made), yaml.safe_load(dump(config)), known_keys()
     sections = {key.rpartition(".")[0] for key in keys}
     values = {key: (_value(then, key), _value(now, key)) for key in keys if key not in sections}
-    changed = {
-        key: (was, asked) for key, (was, asked) in values.items() if was is not _ABSENT and not _same(was, asked)
-    }
+    return {key: both for key, both in values.items() if both[0] is not _ABSENT and not _same(*both)}
+
+
+def listed(changed: dict[str, tuple[Any, Any]], was: str = "was", known: str | None = None) -> str:
+    """As overrides, the first few; what `known` was is not told."""
+    told = [
+        f"{key}={_shown(asked)}" + (f" ({was} {_shown(before)})" if key != known else "")
+        for key, (before, asked) in changed.items()
+    ]
+    more = [f"{len(told) - NAMED} more"] if len(told) > NAMED else []
+    return ", ".join(told[:NAMED] + more)
+
+
+def asked_otherwise(folder: Path, config: Config) -> str:
+    """What other settings for the complete run in `folder` take: it is never trained on. Empty where there are none."""
+    changed = changed_settings(folder, config)
     if not changed:
         return ""
-    steps = _value(then, "train.max_steps") if _value(then, "train.epochs") in (None, _ABSENT) else _counted(folder)
-    ended = f"it ended after {steps} steps" if isinstance(steps, int) else "it has ended"
-    told = [
-        f"{key}={_shown(asked)}" + ("" if key == "train.max_steps" else f" (it has {_shown(was)})")
-        for key, (was, asked) in list(changed.items())[:NAMED]
-    ]
-    more = [f"{len(changed) - NAMED} more"] if len(changed) > NAMED else []
+    steps = _steps(folder)
+    ended = f"it ended after {steps} steps" if steps else "it has ended"
     takes = "takes" if len(changed) == 1 else "take"
     return (
-        f": {ended}, and {', '.join(told + more)} {takes} another run, with --out elsewhere and "
-        f"model.init_from={folder}"
+        f": {ended}, and {listed(changed, 'it has', known='train.max_steps')} {takes} another run, with --out "
+        f"elsewhere and model.init_from={folder}"
     )
 
 
-def _counted(folder: Path) -> int | None:
-    return (corpus_of(folder) or {}).get("steps")
+def tell_changes(name: str, folder: Path, config: Config) -> None:
+    """Of a run that goes on, before its folder says otherwise."""
+    changed = changed_settings(folder, config)
+    if changed:
+        get_logger().info("%s: other settings from here on: %s", name, listed(changed))
+
+
+def misfit(folder: Path, config: Config, error: Exception) -> Exception:
+    """Of a checkpoint that could not be loaded: a ValueError that names the settings which shape it and have changed
+    since, or the `error` itself where none has."""
+    changed = {key: both for key, both in changed_settings(folder, config).items() if key.startswith(SHAPING)}
+    if not changed:
+        return error
+    return ValueError(
+        f"cannot resume: the newest checkpoint does not fit {listed(changed)}; put back what is another model or "
+        f"optimizer, or start another run with --out elsewhere and model.init_from ({one_line(error)[:100]})"
+    )
+
+
+def _steps(folder: Path) -> int | None:
+    train = read_tree(folder / "config.yaml").get("train") or {}
+    return (corpus_of(folder) or {}).get("steps") if train.get("epochs") else train.get("max_steps")
 
 
 def _value(tree: dict[str, Any], key: str) -> Any:

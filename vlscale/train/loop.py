@@ -26,7 +26,7 @@ from vlscale.train.diagnostics import Diagnostics
 from vlscale.train.disk_faults import CannotWrite, optional, stop, written_by_first
 from vlscale.train.engine import Engine
 from vlscale.train.epochs import check_same_steps, tell_steps, with_steps
-from vlscale.train.finished import asked_otherwise, is_complete
+from vlscale.train.finished import asked_otherwise, is_complete, misfit, tell_changes
 from vlscale.train.frozen_teachers import stamp_facts
 from vlscale.train.key_hash import batch_facts
 from vlscale.train.metrics_file import MetricsFile
@@ -107,7 +107,10 @@ def open_run(job: Job, before: int | None = None, remote: Remote | None = None) 
     facts = parts.stamp and {"teachers": stamp_facts(parts.stamp)}
     checkpoints = Checkpoints(folder / CHECKPOINTS, layout, engine, ranks, config.train, remote, facts)
     try:
-        restored = checkpoints.load(before)
+        try:
+            restored = checkpoints.load(before)
+        except (RuntimeError, LookupError, AssertionError, TypeError) as error:  # of DeepSpeed, torch
+            raise misfit(folder, job.config, error) from None
         stream = build_stream(config, parts, ranks, restored and restored.stream_state)
         if restored is not None:
             began = ranks.from_first((corpus_of(folder) or {}).get("samples") if ranks.first else None)
@@ -140,6 +143,7 @@ def train_run(job: Job, *, resume: bool) -> None:
         try:
             with written_by_first(folder, ranks):
                 if ranks.first:
+                    tell_changes(name, folder, config)
                     claim_folder(folder, run.job.config, run.parts)
             _steps(run, chain([first], run.batches), watchdog)
             watchdog.enter("saving after the last", run.job.config.train.max_steps)
