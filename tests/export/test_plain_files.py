@@ -140,6 +140,7 @@ def test_search_finds_pictures_and_texts_and_shows_them(run, pictures, tmp_path,
     assert "00/deeper/007.JPG" in first and page.read_text().count("data:image/jpeg") == 4
     assert vlscale("search", run, "two blue stars", "--index", out, "--k", 2, "--of", "texts", "--html", page) == 0
     assert "two blue stars" in capsys.readouterr().out and "no picture" not in page.read_text()
+    assert "· caption</small>" in page.read_text()
     moved = pictures.rename(tmp_path / "elsewhere")
     search = ["search", run, "a disc", "--index", out, "--k", 3, "--html", page]
     assert "is not there; name the one where it is now with --data" in fails(capsys, *search)

@@ -55,6 +55,18 @@ def test_a_model_is_measured_on_the_captions_and_by_the_protocol_of_the_run(run,
     assert "Compared with clip-vit-base-patch32, tiny-run is" in page and "no training steps on record" in page
 
 
+def test_the_last_is_compared_with_the_one_that_is_named(run, clip, clip_towers, tmp_path, capsys):
+    page = tmp_path / "r.html"
+    words = ["report", clip, run, clip_towers, "--out", page]
+    assert vlscale(*words, "--against", "elsewhere") == 2
+    assert f"--against elsewhere: expected one of the runs before the last: {clip}, {run}" in capsys.readouterr().err
+    assert vlscale(*words, "--against", clip) == 0
+    assert "Compared with clip-vit-base-patch32, final is" in page.read_text()
+    assert "<h1>Retrieval report</h1>" in page.read_text()
+    legend = page.read_text().split('class="legend"')[1].split("</ul>")[0]
+    assert legend.count("<li>") == 1 and run.name in legend  # of those with curves
+
+
 def test_what_is_chosen_holds_for_all_and_relevance_is_made_once(run, clip, val, tmp_path, monkeypatch):
     made, table = [], rouge._table
     monkeypatch.setattr(rouge, "_table", lambda *given: made.append(1) or table(*given))

@@ -23,7 +23,10 @@ def report(
     study: Annotated[
         Path | None, typer.Option(help="Cells of a method study; alone, or beside the runs.", metavar="FILE.json")
     ] = None,
-    title: Annotated[str, typer.Option()] = "vlscale report",
+    against: Annotated[
+        str | None, typer.Option(help="Of the runs, the one that the last is compared with; that before it by default.")
+    ] = None,
+    title: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Curves, retrieval tables, galleries, and a method study, in one self-contained file. All runs and models are
     measured alike: the same shards, captions and protocol."""
@@ -35,11 +38,16 @@ def report(
     prepare("--out", out)
     names = collect.short_names(runs) if runs else []
     collect.check_models(runs or [])
+    if against is not None and against not in (runs or [])[:-1]:
+        raise ValueError(
+            f"--against {against}: expected one of the runs before the last: {', '.join((runs or [])[:-1])}"
+        )
+    titled = {} if title is None else {"title": title}
     methods = None if study is None else study_of(read_study(study))
     if not runs:
         if methods is None:
             raise ValueError("report: got neither runs nor --study; name run folders, or the cells of a study")
-        print(f"report: {write_study_page(out, methods, title).resolve()}")
+        print(f"report: {write_study_page(out, methods, **titled).resolve()}")
         return
     like = collect.shared_settings(
         runs,
@@ -57,4 +65,5 @@ def report(
         images = reports[0].images if reports else None
         with Progress(f"embedding {name}", None, "samples", line_seconds=LINE_SECONDS) as progress:
             reports.append(collect.collect_run(name, run, data, progress, like=like, images=images))
-    print(f"report: {write_report(out, reports, title=title, methods=methods).resolve()}")
+    chosen = names[runs.index(against)] if against else None
+    print(f"report: {write_report(out, reports, against=chosen, methods=methods, **titled).resolve()}")

@@ -49,8 +49,9 @@ small { opacity: .75; }
 {% elif hit.key %}<div class="none">no picture</div>
 {% endif %}{% if hit.caption %}<p>{{ hit.caption }}</p>
 {% endif %}
-<p><small>{{ loop.index }} · {{ "%.4f" | format(hit.score) }} · {{ "picture" if hit.is_picture else "caption" }} ·
-{{ hit.key }}</small></p>
+<p><small>{{ loop.index }} · {{ "%.4f" | format(hit.score) }} · {{ "picture" if hit.is_picture else "caption" }}
+{%- if hit.key %} ·
+{{ hit.key }}{% endif %}</small></p>
 </li>
 {% endfor %}</ol>
 </html>

@@ -58,6 +58,7 @@ class RunFacts:
     name: str
     trained: str
     config: str  # its config.yaml, empty where there is none
+    drawn: bool  # whether it has curves
 
 
 def write_report(
@@ -89,7 +90,7 @@ def write_report(
             title=title,
             headline=headline(pair),
             pair=[run.name for run in pair],
-            runs=[RunFacts(run.name, training_line(run), _config(run.folder)) for run in runs],
+            runs=[RunFacts(run.name, training_line(run), _config(run.folder), bool(run.metrics)) for run in runs],
             changes=found,
             reach=reach(found),
             reached=[(endpoint, runs[0].result[name]) for endpoint, name in endpoints(runs[0].result)],
