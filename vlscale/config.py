@@ -18,6 +18,7 @@ from vlscale.logging import HIDDEN, names_secret, without_secrets
 from vlscale.sections import Config
 
 STAGE_PREFIX = "stage:"
+BESIDE = ("base", "stages", "variants")  # keys of a file beside the sections
 DEEPEST, LARGEST = 50, 100_000  # levels and values of a config file
 # The last ones come from PyYAML's conversions of what a tag or a form promises, such as 2024-99-99 and !!int x.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -192,7 +193,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {dotted!r}" + _closest(dotted, known_keys())
+        return f"unknown key {dotted!r}" + _closest(dotted, [*known_keys(), *BESIDE])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "list_type" and isinstance(problem["input"], str):
         message += f", {dotted}=[{problem['input']}]"

@@ -1,5 +1,6 @@
 """What a run says at its start, and what it finds wrong there: once, in one line, before anything heavy."""
 
+import re
 import shutil
 import tarfile
 import time
@@ -12,6 +13,7 @@ import yaml
 from tests.train.launcher import launch
 from vlscale.cli import main
 from vlscale.config import dump, load_plan
+from vlscale.data.writer import write_shard
 from vlscale.train.plan import train_plan
 
 EVERY_READER = [  # of the corpus at the start: the tokenizer, the teachers' reliability, the probe, the stream
@@ -155,3 +157,39 @@ def test_settings_that_the_checkpoint_does_not_fit_are_named(stopped, tiny_confi
     key, _, _ = given.partition("=")
     assert ended.value.code == 2 and f"cannot resume: the newest checkpoint does not fit {key}=" in line
     assert not (run / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["data.val=nowhere.tar"], "data.val: no shard matches 'nowhere.tar'"),
+        (["data.val={val}", "data.caption_key=json:title"], "data.caption_key=json:title: none of"),
+        (["data.val={val}", "train.keep_best=recall"], "train.keep_best=recall is no measure .* such as rsum, i2t/r@1"),
+        (["data.val={val}", "eval.rerank=5"], "eval.rerank=5 needs a fusion encoder, and the model has none"),
+        (
+            ["model.vision.config={model_type: vitt}"],
+            "vitt could not be built: transformers knows no such model_type; did you mean",
+        ),
+        (["model.init_from={val}"], "is a file; expected the folder of a model, .*by `vlscale import open-clip`"),
+        (["--train.max_steps", "5"], "--train.max_steps: a setting is given without dashes .* train.max_steps=VALUE"),
+        (["--resum"], "no such option: --resum; did you mean --resume"),
+        (["stage={}"], "unknown key 'stage'; did you mean 'stages'"),
+    ],
+)
+def test_what_newcomers_type_is_one_line_and_leaves_no_run(tiny_config, corpus, tmp_path, capsys, given, said):
+    given = [each.replace("{val}", f"{corpus}/val-000000.tar") for each in given]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tiny_config), "--out", str(tmp_path / "run"), *given])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and re.search(said, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_shards_without_captions_are_found_before_a_model(tiny_config, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlscale.train.loop.open_run", lambda *given, **named: pytest.fail("a run was opened"))
+    other = tmp_path / "other.tar"
+    write_shard(other, [{"__key__": "a", "jpg": b"", "json": {"title": "x"}}])
+    with pytest.raises(
+        ValueError, match=r"none of 1 samples has the field 'captions' in its json; expected one of tit"
+    ):
+        train_plan(load_plan(tiny_config, [f"data.val={other}"]), tmp_path / "run", resume=False)

@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
-app.command("train")(train.train)
+app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("embed")(embed.embed)
 app.command("search")(search.search)

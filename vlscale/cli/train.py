@@ -1,12 +1,15 @@
 """`vlscale train`: every run that a config asks for, or what it would cost."""
 
+import difflib
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlscale.config import PlannedRun, load_plan
+from vlscale.config import PlannedRun, known_keys, load_plan
+
+OPTIONS = ["--out", "--resume", "--plan", "--world-size", "--tflops", "--gigabytes", "--help"]
 
 
 def train(
@@ -20,6 +23,8 @@ def train(
     gigabytes: Annotated[float | None, typer.Option(min=0, help="For --plan: 10^9 bytes a second, a rank.")] = None,
 ) -> None:
     """Train; one process here, all of them under `deepspeed launch/train.py` or torchrun."""
+    for item in overrides or []:
+        check_no_option(item)
     runs = load_plan(config, overrides or [])
     if plan:
         show_plan(runs, world_size, tflops, gigabytes)
@@ -31,6 +36,17 @@ def train(
     from vlscale.train.plan import train_plan  # torch and transformers load only once the config is right
 
     train_plan(runs, out, resume=resume)
+
+
+def check_no_option(item: str) -> None:
+    """What begins with a dash and is no option arrives here as an override."""
+    if not item.startswith("-"):
+        return
+    name = item.lstrip("-").partition("=")[0]
+    if name in known_keys():
+        raise ValueError(f"{item}: a setting is given without dashes and with a sign: {name}=VALUE")
+    close = difflib.get_close_matches(item.partition("=")[0], OPTIONS, n=1)
+    raise ValueError(f"no such option: {item}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
 
 
 def show_plan(runs: list[PlannedRun], world_size: int | None, tflops: float | None, gigabytes: float | None) -> None:

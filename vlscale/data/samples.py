@@ -25,9 +25,12 @@ __all__ = [
 _LOOKED_AT = 100  # samples
 
 
-def open_corpus(urls: list[str] | str | None, data: DataConfig, what: str = "data.val") -> Manifest:
-    """The manifest of the shards that `urls` name; `what` is the config key to speak of in errors."""
-    return build_manifest(expand(urls, what, pipes=data.pipes), data)
+def open_corpus(
+    urls: list[str] | str | None, data: DataConfig, what: str = "data.val", *, tell: bool = True
+) -> Manifest:
+    """The manifest of the shards that `urls` name; `what` is the config key to speak of in errors, `tell` whether the
+    log says what was left out."""
+    return build_manifest(expand(urls, what, pipes=data.pipes), data, tell=tell)
 
 
 def check_caption_field(manifest: Manifest, data: DataConfig) -> None:

@@ -24,6 +24,11 @@ _UNKNOWN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND}
 def check_source(key: str, source: str) -> None:
     """Raises ValueError unless `source`, given as `key`, is a folder or a model that the cache or the hub has. A hub
     that is reached but slow, or in trouble, decides nothing here: loading waits for it."""
+    if Path(source).is_file():
+        raise ValueError(
+            f"{key}={source} is a file; expected the folder of a model, with config.json and model.safetensors. A "
+            "checkpoint of open_clip becomes one by `vlscale import open-clip`"
+        )
     check_exists(source)
     if Path(source).is_dir():
         return

@@ -3,12 +3,14 @@
 Pooling is never ours, so that an exported folder gives the same embeddings in plain `transformers`.
 """
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -173,6 +175,12 @@ def _from_scratch(key: str, modality: Modality, config: dict[str, Any], dropout:
     model_type = options.pop("model_type", None)
     if model_type is None:
         raise ValueError(f"{key}.config needs model_type; known to work: {', '.join(WORKING[modality])}")
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), WORKING[modality], n=1)
+        raise ValueError(
+            f"{key}.config: {model_type} could not be built: transformers knows no such model_type"
+            + (f"; did you mean {close[0]!r}?" if close else f"; known to work: {', '.join(WORKING[modality])}")
+        )
     try:
         built = AutoConfig.for_model(model_type, **options)
         set_dropout(built, dropout)

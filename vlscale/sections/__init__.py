@@ -65,6 +65,17 @@ class Config(Section):
                 f"train.keep_best={self.train.keep_best} needs evaluations, and data.val is not set; give data.val, "
                 "and eval.every for more than the last"
             )
+        best, rerank = self.train.keep_best, self.eval.rerank
+        if best is not None and "/" not in best and "rsum" not in best:
+            raise ValueError(
+                f"train.keep_best={best} is no measure of an evaluation; expected one such as rsum, i2t/r@1 or "
+                "t2t/ndcg@10_norm, as `vlscale eval` writes them with --json"
+            )
+        if rerank is not None and self.data.val is not None and self.model.fusion is None:
+            raise ValueError(
+                f"eval.rerank={rerank} needs a fusion encoder, and the model has none; set eval.rerank=null, or give "
+                "model.fusion"
+            )
         narrow = self.engine.dtype == "bf16" and self.engine.zero_stage < 3
         if self.train.accumulate_losses > 1 and self.engine.offload_optimizer != "none" and narrow:
             raise ValueError(

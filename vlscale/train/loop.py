@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vlscale.data.batch import Batch
-from vlscale.data.samples import check_caption_field
+from vlscale.data.samples import check_caption_field, open_corpus
 from vlscale.data.stream import open_train_corpus
 from vlscale.distributed import Ranks
 from vlscale.logging import get_logger
@@ -130,6 +130,8 @@ def train_run(job: Job, *, resume: bool) -> None:
     if resume and is_complete(folder):
         get_logger().info("%s: complete, nothing to do%s", name, asked_otherwise(folder, config))
         return
+    if config.data.val is not None:  # which the first evaluation opens, perhaps hours later
+        check_caption_field(open_corpus(config.data.val, config.data, tell=False), config.data)
     remote = open_remote(folder / CHECKPOINTS, config.train, name, ranks, resume=resume)
     timeouts = config.engine.timeout_seconds, min(config.engine.timeout_seconds, config.engine.warm_timeout_seconds)
     with (

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vlscale.config import STAGE_PREFIX, PlannedRun
+from vlscale.data.urls import expand
 from vlscale.distributed import Ranks
 from vlscale.models.hf_folder import quiet
 from vlscale.sections import Config
@@ -43,7 +44,7 @@ def _check_out(plan: list[PlannedRun], out: Path, resume: bool) -> None:
 
 def _check_places(plan: list[PlannedRun], out: Path, ranks: Ranks) -> None:
     """Before anything heavy, for every run that is not complete: that its folder takes files, and that the models which
-    it starts from are there. The first rank looks, and all raise the same ValueError."""
+    it starts from and its shards are there. The first rank looks, and all raise the same ValueError."""
     fault = None
     if ranks.first:
         try:
@@ -52,6 +53,9 @@ def _check_places(plan: list[PlannedRun], out: Path, ranks: Ranks) -> None:
                 check_writable(out / run.name)
             for run in todo:
                 check_models(run.config, made_under=out)
+                for what in ("train", "val"):
+                    if getattr(run.config.data, what) is not None:
+                        expand(getattr(run.config.data, what), f"data.{what}", pipes=run.config.data.pipes)
         except ValueError as error:
             fault = str(error)
     fault = ranks.from_first(fault)
