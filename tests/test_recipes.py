@@ -167,6 +167,23 @@ def test_a_recipe_starts_from_the_checkpoints_it_names(hub, corpus, tmp_path, re
         assert (0 < furthest < 5 * plan.config.optim.lr) if learns[tower] else furthest == 0, tower
 
 
+def test_the_copy_of_lit_may_be_embedded_beforehand(hub, corpus, tmp_path):
+    """As lit.yaml's head says: the first step then has the relations that it has with the frozen copy itself."""
+    shards, names = f"{corpus}/train-*.tar", {"image": "facebook/dinov2-base"}
+    names["text"] = "sentence-transformers/all-MiniLM-L6-v2"
+    teach = [word for side, name in names.items() for word in (f"--teacher-{side}", name)]
+    made = vlscale("data", "teach", shards, str(tmp_path / "copy"), *teach, "--caption-key", "json:captions", cwd=hub)
+    assert made.returncode == 0, made.stderr[-4000:]
+    relations = []
+    for name, source in (("live", []), ("cached", ["teacher.source=cache", f"teacher.cache={tmp_path / 'copy'}"])):
+        arguments = [f"data.train={shards}", *SHORT, "model.dropout=0", *source]
+        config = str(ROOT / "configs" / "lit.yaml")
+        done = vlscale("train", config, "--out", str(tmp_path / name), *arguments, cwd=hub)
+        assert done.returncode == 0, done.stderr[-4000:]
+        relations.append(read_metrics(tmp_path / name / "metrics.jsonl")[0]["relation_text"])
+    assert relations[0] > 0 and relations[1] == pytest.approx(relations[0], rel=0.02)
+
+
 @pytest.mark.parametrize(("twin", "stage"), [("clip-finetune-cpu", "checkpoint"), ("lit-cpu", "towers")])
 def test_the_twins_of_checkpoints_learn_from_what_their_first_stage_made(tmp_path, twin, stage):
     scenes = tmp_path / "scenes"
