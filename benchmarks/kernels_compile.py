@@ -33,6 +33,7 @@ from vlscale.kernels.triton_tiles import FUSED, Config, Work, config_for  # noqa
 from vlscale.kernels import triton_contrastive as contrastive  # noqa: E402
 from vlscale.kernels import triton_contrastive_double as double  # noqa: E402
 from vlscale.kernels import triton_contrastive_fused as fused  # noqa: E402
+from vlscale.kernels import triton_contrastive_waves as waves  # noqa: E402
 from vlscale.kernels import triton_passes as passes  # noqa: E402
 from vlscale.kernels import triton_relation_kl as kl  # noqa: E402
 from vlscale.kernels import triton_relation_match as match  # noqa: E402
@@ -65,7 +66,7 @@ class Build:
         """Types by the kernels' naming: ids, indices and keys int64, flags and counts int32, embeddings `dtype`."""
         types = {}
         for name in self.kernel.arg_names:
-            if name in self.constants or name.startswith("BLOCK_"):
+            if name in self.constants or name == "WHOLE" or name.startswith("BLOCK_"):
                 types[name] = "constexpr"
             elif not name.endswith("_ptr"):
                 types[name] = "fp32" if name == "floor" else "i32"
@@ -88,7 +89,8 @@ class Build:
 
     def compile(self):
         blocks = {k: v for k, v in self.config.launch().items() if k in self.kernel.arg_names}
-        constants = self.constants | blocks
+        whole = {"WHOLE": False} if "WHOLE" in self.kernel.arg_names else {}
+        constants = whole | self.constants | blocks
         signature = self.signature()
         aligned = {
             (place,): [["tt.divisibility", 16]]
@@ -172,7 +174,7 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
             work = Work.NARROW if ids else Work.LIGHT if shared else Work.FULL
             yield contrastive.statistics_kernel, variant, work, constants
             work = Work.FULL if shared and not ids else Work.NARROW
-            yield contrastive.weights_kernel, variant, work, constants
+            yield waves.weights_kernel, variant, work, constants
     for ids in (False, True):
         work = Work.NARROW if ids else Work.FULL
         yield sigmoid.sigmoid_kernel, "ids" if ids else "", work, {"HAS_IDS": ids, "GRADIENT": True}

@@ -22,15 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOPPER = (9, 0)
-MODULES = (
-    "contrastive",
-    "contrastive_fused",
-    "contrastive_double",
-    "sigmoid",
-    "relation_kl",
-    "relation_match",
-    "passes",
-)
+MODULES = ("contrastive", "contrastive_fused", "contrastive_waves", "contrastive_double", "sigmoid", "relation_kl")
+MODULES += ("relation_match", "passes")
 OPS = ("contrastive", "sigmoid", "relation_kl", "relation_match", "once")
 PASSES = {"pair_products_kernel", "partial_sums_kernel", "pair_terms_kernel", "deviations_kernel", "centre_kernel"}
 PASSES |= {"gradient_kernel"}  # around the kernels, without products

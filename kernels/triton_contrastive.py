@@ -4,9 +4,8 @@ Forward: one product and one exponential an element; a program owns a row tile a
 rows' sums in registers and writes its columns' sums to partial[row tile, N], which are added in fixed order: no
 atomics, bitwise repeatable. Rows go in waves, so that the partial sums stay small. 2 N^2 D operations, 8 N^2 D in all.
 
-Backward of narrow embeddings without ids: triton_contrastive_fused. Of others by G-waves: a block of G = P_row + P_col
-(own pairs 0) is recomputed and stored in float32 or float16, then two ordinary products take it to dx and dy in
-float32. Own pairs' -(off_i/r_i + off_j/q_j) is added apart in float32. With ids, G holds all positives.
+Backward of narrow embeddings without ids: triton_contrastive_fused; of others: triton_contrastive_waves. Tiles without
+own pairs and ends, nearly all, are made without masks.
 
 The fixed reference is checked on the device. Where a sum is unsound a flag is set, and the kernels compiled for vector
 references, which are always launched and return at once while it is clear, do the work instead: nothing waits.
@@ -24,16 +23,18 @@ from torch import Tensor
 from .chunked import fixed_reference, spans
 from .chunked_contrastive import Positives, Weights
 from .triton_contrastive_fused import fused_gradients
-from .triton_gradient import Centred, OwnPairs, SideGradient, add_product, stored_dtype
+from .triton_contrastive_waves import Waves
+from .triton_gradient import Centred, OwnPairs, SideGradient, stored_dtype
 from .triton_passes import add_parts, finish_side, pair_products, side_programs
 from .triton_tiles import (
     Config,
     Work,
     choose_config,
+    exponential,
     fused_config,
     product_tile,
     same_pair,
-    store_weights,
+    some_left_out,
 )
 
 
@@ -67,7 +68,7 @@ def statistics_kernel(
     x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_ids_ptr, column_ids_ptr, row_out_ptr,
     column_out_ptr, row_start, b, n, D, stride_x, stride_y, offset,
     SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Sums of one wave: off, or with ids pos, off and the sum of positives' logits, the slowest axis of both outputs.
 
@@ -80,6 +81,7 @@ def statistics_kernel(
     first_row = row_start + tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     scale = tl.load(scale_ptr)
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     off = tl.zeros((BLOCK_M,), tl.float32)
     pos = tl.zeros((BLOCK_M,), tl.float32)
     target = tl.zeros((BLOCK_M,), tl.float32)
@@ -90,25 +92,39 @@ def statistics_kernel(
     plane = tl.num_programs(0).to(tl.int64) * n
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        s = scale * product_tile(x_ptr, y_ptr, first_row, first, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
-        inside = (rows < b)[:, None] & (columns < n)[None, :]
-        positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, b, n, offset, HAS_IDS)
-        e = tl.exp(s - row_ref)
+        s = product_tile(x_ptr, y_ptr, first_row, first, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
+        e = exponential(scale * s - row_ref, NARROW)
         if SHARED:
             e_column = e
         else:
-            e_column = tl.exp(s - tl.load(column_ref_ptr + columns, mask=columns < n, other=0.0)[None, :])
-        negative = inside & (positive == 0)
+            column_ref = tl.load(column_ref_ptr + columns, mask=columns < n, other=0.0)[None, :]
+            e_column = exponential(scale * s - column_ref, NARROW)
         out = column_out_ptr + tile.to(tl.int64) * n + columns
-        off += tl.sum(tl.where(negative, e, 0.0), 1)
         if HAS_IDS:
+            inside = (rows < b)[:, None] & (columns < n)[None, :]
+            positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, b, n, offset, HAS_IDS)
+            negative = inside & (positive == 0)
             chosen = inside & positive
+            s = scale * s
             pos += tl.sum(tl.where(chosen, e, 0.0), 1)
             target += tl.sum(tl.where(chosen, s, 0.0), 1)
             tl.store(out, tl.sum(tl.where(chosen, e_column, 0.0), 0), mask=columns < n)
             tl.store(out + 2 * plane, tl.sum(tl.where(chosen, s, 0.0), 0), mask=columns < n)
             out += plane
-        tl.store(out, tl.sum(tl.where(negative, e_column, 0.0), 0), mask=columns < n)
+            off += tl.sum(tl.where(negative, e, 0.0), 1)
+            e_column = tl.where(negative, e_column, 0.0)
+        else:
+            if not WHOLE:
+                if some_left_out(first_row, first, b, n, offset, BLOCK_M, BLOCK_N):
+                    others = (rows + offset)[:, None] != columns[None, :]
+                    negative = (rows < b)[:, None] & (columns < n)[None, :] & others
+                    e = tl.where(negative, e, 0.0)
+                    if SHARED:
+                        e_column = e
+                    else:
+                        e_column = tl.where(negative, e_column, 0.0)
+            off += tl.sum(e, 1)
+        tl.store(out, tl.sum(e_column, 0), mask=columns < n)
     wave = tl.num_programs(0).to(tl.int64) * BLOCK_M
     out = row_out_ptr + split * wave + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if HAS_IDS:
@@ -117,94 +133,6 @@ def statistics_kernel(
         tl.store(out + 2 * plane, target)
         out += plane
     tl.store(out, off)
-
-
-@triton.jit
-def weights_tile(
-    x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
-    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
-    first_column, row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
-    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Stores a tile of G and the sums of its columns; returns each row's <G, S> and sum of G, float32."""
-    first_row = row_start + tl.program_id(0) * BLOCK_M
-    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-    row_ok, column_ok = rows < row_end, columns < column_end
-    s = tl.load(scale_ptr) * product_tile(
-        x_ptr, y_ptr, first_row, first_column, row_end, column_end, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    row_inverse = tl.load(row_inverse_ptr + rows, mask=row_ok, other=0.0)[:, None]
-    column_inverse = tl.load(column_inverse_ptr + columns, mask=column_ok, other=0.0)[None, :]
-    if SHARED:
-        g = tl.exp(s - tl.load(row_ref_ptr)) * (row_inverse + column_inverse)
-    else:
-        row_ref = tl.load(row_ref_ptr + rows, mask=row_ok, other=0.0)[:, None]
-        column_ref = tl.load(column_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
-        g = tl.exp(s - row_ref) * row_inverse + tl.exp(s - column_ref) * column_inverse
-    positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, row_end, column_end, offset, HAS_IDS)
-    if HAS_IDS:
-        miss = tl.load(row_miss_ptr + rows, mask=row_ok, other=0.0)[:, None]
-        miss += tl.load(column_miss_ptr + columns, mask=column_ok, other=0.0)[None, :]
-        count = tl.load(count_ptr + rows, mask=row_ok, other=1).to(tl.float32)[:, None]
-        g = tl.where(positive, tl.where(count == 1.0, -miss, g - 2.0 / count), g)
-    else:
-        g = tl.where(positive, 0.0, g)
-    inside = row_ok[:, None] & column_ok[None, :]
-    store_weights(g_ptr, g, rows - row_start, columns - column_start, stride_g, inside)
-    g = tl.where(inside, g, 0.0)
-    by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
-    tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
-    return tl.sum(g * s, 1), tl.sum(g, 1)
-
-
-@triton.jit
-def weights_kernel(
-    x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
-    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, along_ptr,
-    row_total_ptr, column_total_ptr,
-    row_start, row_end, column_start, column_end, parts, D, stride_x, stride_y, stride_g, offset,
-    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One block of G; from its float32 values also each row's <G, S> and the rows' and columns' sums.
-
-    along and row_total (parts, rows), column_total (row tiles, columns). A program takes one tile; those for vector
-    references, which rarely run, are fewer and walk, and zero the parts that they have no programs for. Own pairs are
-    left 0 unless there are ids. (A sum to one scalar breaks triton 3.7's sm_100 build.)
-    """
-    if tl.load(flag_ptr) == SHARED:
-        return
-    part = tl.program_id(1)
-    first_column = column_start + part * BLOCK_N
-    rows = row_start + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    height = tl.cast(row_end - row_start, tl.int64)
-    if SHARED:
-        along, total = weights_tile(
-            x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr, row_miss_ptr,
-            column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr, first_column, row_start,
-            row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset, SHARED, HAS_IDS,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        along = tl.zeros((BLOCK_M,), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for first in range(first_column, column_end, tl.num_programs(1) * BLOCK_N):
-            more_along, more = weights_tile(
-                x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr, row_miss_ptr,
-                column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr, first, row_start,
-                row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset, SHARED, HAS_IDS,
-                BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            along += more_along
-            total += more
-        for other in range(part + tl.num_programs(1), parts, tl.num_programs(1)):
-            by_row = other * height + rows - row_start
-            tl.store(along_ptr + by_row, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_end)
-            tl.store(row_total_ptr + by_row, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_end)
-    by_row = part * height + rows - row_start
-    tl.store(along_ptr + by_row, along, mask=rows < row_end)
-    tl.store(row_total_ptr + by_row, total, mask=rows < row_end)
 
 
 def _ids(positives: Positives) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -370,77 +298,6 @@ def contrastive_gradients(
     if narrow and (want_x or want_y):
         along = fused_gradients(x, y, scale, weights, flag, dx, dy)
     else:
-        along = _Waves(x, y, scale, weights, flag, config, (left, right)).sweep(dx, dy)
+        along = Waves(x, y, scale, weights, flag, config, (left, right)).sweep(dx, dy)
     along = along if own is None else along - own
     return None if dx is None else dx.result(), None if dy is None else dy.result(), along
-
-
-class _Waves:
-    """Blocks of G, height x width, one after another in the same memory."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        weights: Weights,
-        flag: Tensor,
-        config: Config | None,
-        factors: tuple[Centred, Centred],
-    ):
-        self.x, self.y, self.scale, self.weights, self.flag = x, y, scale, weights, flag
-        has_ids = weights.positives.row_ids is not None
-        self.tiles = {
-            shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
-            for shared in (True, False)
-        }
-        self.left, self.right = factors
-        self.height = min(len(x), self.tiles[True].wave_rows)
-        self.width = min(len(y), self.tiles[True].wave_columns)
-        self.block = torch.empty(self.height, self.width, dtype=self.left.stored, device=x.device)
-
-    def sweep(self, dx: SideGradient | None, dy: SideGradient | None) -> Tensor:
-        """<G, S> without lone positives' terms; fills dx and dy. The rows' sums are the one float32 (b, D) held."""
-        row_sums, row_totals = (None, self.scale.new_empty(len(self.x))) if dx is None else dx.new_sums()
-        along = torch.empty(len(self.x), dtype=torch.float64, device=self.x.device)
-        for j in spans(0, len(self.y), self.width):
-            self.add_columns(j, row_sums, row_totals, along, dy)
-        return along.sum()
-
-    def add_columns(
-        self, j: tuple[int, int], row_sums: Tensor | None, row_totals: Tensor, along: Tensor, dy: SideGradient | None
-    ) -> None:
-        """All rows against columns j: adds to the rows' sums, totals and <G, S>, finishes the columns' part of dy."""
-        there = None if row_sums is None else self.right.part(slice(*j))
-        column_totals = self.scale.new_empty(j[1] - j[0])
-        column_sums = None if dy is None else self.scale.new_empty(len(column_totals), self.y.shape[1])
-        for i in spans(0, len(self.x), self.height):
-            g, mine = self.block[: i[1] - i[0], : j[1] - j[0]], slice(*i)
-            part, by_row, by_column = self.fill(g, i, j)
-            add_parts(part, along[None, mine], first=j[0] == 0)
-            add_parts(by_row, row_totals[None, mine], first=j[0] == 0)
-            add_parts(by_column, column_totals[None], first=i[0] == 0)
-            if row_sums is not None:
-                add_product(row_sums[mine], g, there, first=j[0] == 0)
-            if column_sums is not None:
-                add_product(column_sums, g.T, self.left.part(mine), first=i[0] == 0)
-        if dy is not None:
-            dy.finish(j[0], column_sums, column_totals)
-
-    def fill(self, g: Tensor, i: tuple[int, int], j: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """G of rows i and columns j into g; partial <G, S> and sums of G's rows, (1, parts, rows), and columns'."""
-        x, y, scale, weights, positives = self.x, self.y, self.scale, self.weights, self.weights.positives
-        row_ids, col_ids, has_ids = _ids(positives)
-        height, width = g.shape
-        parts = triton.cdiv(width, self.tiles[True].block_n)
-        along, by_row = scale.new_empty(2, 1, parts, height)
-        by_column = scale.new_empty(1, triton.cdiv(height, self.tiles[True].block_m), width)
-        for shared, tile in self.tiles.items():  # the one whose flag it is not leaves the outputs alone
-            grid = by_column.shape[1], parts if shared else min(parts, tile.splits)
-            weights_kernel[grid](
-                x, y, scale, self.flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
-                weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, along, by_row, by_column,
-                i[0], i[1], j[0], j[1], parts, x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
-                SHARED=shared, HAS_IDS=has_ids, **tile.launch(),
-            )  # fmt: skip
-        return along, by_row, by_column

@@ -10,6 +10,8 @@ ones C^k = w_k H / d^k (0 at distance 0), dz^k_i = sum_j C_ij z^k_j - z^k_i sum_
 distances leave float16's range.
 """
 
+# ruff: noqa: SIM102 (Triton prunes plain branches on constexprs, and only those)
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,7 +25,7 @@ from .chunked import HALF, row_blocks, spans
 from .chunked_relation import Sweep, Tile
 from .triton_gradient import Centred, add_product, stored_dtype
 from .triton_passes import add_parts, finished_gradient, pair_products
-from .triton_tiles import product_tile
+from .triton_tiles import exponential, product_tile, some_left_out
 
 NOISE = tl.constexpr(4 * 2.0**-23)  # of the squared norms' sum: what a squared distance may be by rounding alone
 
@@ -170,6 +172,31 @@ def relation_tile(
             first_row, first_column, row_end, column_end, F, K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     return total
+
+
+@triton.jit
+def exponentials(
+    s, t, s_ref, t_ref, first_row, first_column, row_end, column_end, offset,
+    NARROW: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(e_s, e_t, d, e_s - e_t) of one tile; the exponentials are 0 where a pair does not count.
+
+    Near d = 0 the difference is -(e_s + e_t) tanh(d / 2), by a polynomial to the last bits.
+    """
+    s = s - s_ref
+    t = t - t_ref
+    e_s, e_t, d = exponential(s, NARROW), exponential(t, NARROW), t - s
+    if not WHOLE:
+        if some_left_out(first_row, first_column, row_end, column_end, offset, BLOCK_M, BLOCK_N):
+            rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+            counted = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+            counted = counted & ((rows + offset)[:, None] != columns[None, :])
+            e_s = tl.where(counted, e_s, 0.0)
+            e_t = tl.where(counted, e_t, 0.0)
+    h = 0.5 * d
+    q = h * h
+    tanh = h * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
+    return e_s, e_t, d, tl.where(tl.abs(h) < 0.25, -(e_s + e_t) * tanh, e_s - e_t)
 
 
 @dataclass(frozen=True)

@@ -25,34 +25,13 @@ from .triton_relation import (
     OperandGradient,
     OperandWeights,
     WeightSums,
+    exponentials,
     relation_tile,
     segment_tile,
     sizes,
     waves,
 )
 from .triton_tiles import Config, Work, choose_config, store_weights
-
-
-@triton.jit
-def minus_tanh_half(d):
-    """-tanh(d / 2), to the last bits also near 0: a polynomial there, (1 - t) / (1 + t) elsewhere."""
-    h = 0.5 * tl.abs(d)
-    q = h * h
-    near = h * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
-    t = tl.exp(-2.0 * h)
-    value = tl.where(h < 0.25, near, (1.0 - t) / (1.0 + t))
-    return tl.where(d > 0, -value, value)
-
-
-@triton.jit
-def exponentials(s, t, s_ref, t_ref, counted):
-    """(e_s, e_t, d, e_s - e_t) of one tile, 0 where a pair does not count."""
-    s = s - s_ref
-    t = t - t_ref
-    e_s = tl.where(counted, tl.exp(s), 0.0)
-    e_t = tl.where(counted, tl.exp(t), 0.0)
-    d = tl.where(counted, t - s, 0.0)
-    return e_s, e_t, d, (e_s + e_t) * minus_tanh_half(d)
 
 
 @triton.jit
@@ -94,12 +73,13 @@ def relation_statistics_kernel(
     z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, row_out_ptr, column_out_ptr,
     row_start, column_start, mirror_from, offset, b, n, D, F,
     K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """The five sums of one wave over the columns from column_start: row_out (5, splits, wave rows), and for the columns
     from mirror_from on column_out (5, row tiles, n)."""
     if tl.load(run_ptr) == 0:
         return
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     tile, split = tl.program_id(0), tl.program_id(1)
     first_row = row_start + tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -116,7 +96,6 @@ def relation_statistics_kernel(
     plane = tl.num_programs(0).to(tl.int64) * n
     for first in range(column_start + split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        counted = (rows < b)[:, None] & (columns < n)[None, :] & ((rows + offset)[:, None] != columns[None, :])
         s = relation_tile(
             x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr, first_row, first, b, n, D,
             1, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -125,7 +104,9 @@ def relation_statistics_kernel(
             z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, first_row, first, b, n, F,
             K, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        e_s, e_t, d, difference = exponentials(s, t, s_ref, t_ref, counted)
+        e_s, e_t, d, difference = exponentials(
+            s, t, s_ref, t_ref, first_row, first, b, n, offset, NARROW, WHOLE, BLOCK_M, BLOCK_N
+        )
         drift = e_t * d
         curved = difference + drift
         sum_s += tl.sum(e_s, 1)
@@ -170,14 +151,14 @@ def relation_weights_tile(
     teacher_ptr, teacher_rows_ptr, teacher_columns_ptr,
     row_start, row_end, column_start, column_end, offset, b, n, D, F, stride_h, plane_h,
     K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr, TEACHER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """relation_weights_kernel's column tile `tile` of `parts`."""
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tile * BLOCK_N
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     inside = row_ok[:, None] & column_ok[None, :]
-    counted = inside & ((rows + offset)[:, None] != columns[None, :])
     s = relation_tile(
         x_ptr, xc_ptr, x_norms_ptr, xc_norms_ptr, xw_ptr, x_starts_ptr, first_row, first_column, row_end, column_end, D,
         1, EUCLIDEAN, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -188,7 +169,10 @@ def relation_weights_tile(
     )  # fmt: skip
     r, c = coefficients_ptr, column_coefficients_ptr
     if SHARED:
-        e_s, e_t, d, difference = exponentials(s, t, tl.load(s_ref_ptr), tl.load(t_ref_ptr), counted)
+        e_s, e_t, d, difference = exponentials(
+            s, t, tl.load(s_ref_ptr), tl.load(t_ref_ptr), first_row, first_column, row_end, column_end, offset,
+            NARROW, WHOLE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         h = difference * (of_rows(r, 0, rows, b) + of_columns(c, 0, columns, n))
         h += e_s * (of_rows(r, 1, rows, b) + of_columns(c, 1, columns, n))
         h += e_t * (of_rows(r, 2, rows, b) + of_columns(c, 2, columns, n))
@@ -198,27 +182,32 @@ def relation_weights_tile(
     else:
         s_ref = tl.load(s_ref_ptr + rows, mask=row_ok, other=0.0)[:, None]
         t_ref = tl.load(t_ref_ptr + rows, mask=row_ok, other=0.0)[:, None]
-        e_s, e_t, d, difference = exponentials(s, t, s_ref, t_ref, counted)
+        e_s, e_t, d, difference = exponentials(
+            s, t, s_ref, t_ref, first_row, first_column, row_end, column_end, offset, NARROW, WHOLE, BLOCK_M, BLOCK_N
+        )
         h = difference * of_rows(r, 0, rows, b) + e_s * of_rows(r, 1, rows, b) + e_t * of_rows(r, 2, rows, b)
         if TEACHER:
             h_t = e_t * (d * of_rows(r, 3, rows, b) + of_rows(r, 4, rows, b))
         s_ref = tl.load(sc_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
         t_ref = tl.load(tc_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
-        e_s, e_t, d, difference = exponentials(s, t, s_ref, t_ref, counted)
+        e_s, e_t, d, difference = exponentials(
+            s, t, s_ref, t_ref, first_row, first_column, row_end, column_end, offset, NARROW, WHOLE, BLOCK_M, BLOCK_N
+        )
         h += difference * of_columns(c, 0, columns, n) + e_s * of_columns(c, 1, columns, n)
         h += e_t * of_columns(c, 2, columns, n)
         if TEACHER:
             h_t += e_t * (d * of_columns(c, 3, columns, n) + of_columns(c, 4, columns, n))
     height, tiles = row_end - row_start, tl.cast(parts, tl.int64)
     by_row = tl.cast(tile, tl.int64) * height + rows - row_start
-    by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
+    row, column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + column
     tl.store(row_sums_ptr + tiles * height + by_row, tl.sum(h * s, 1), mask=row_ok)
     if EUCLIDEAN:
         weight = tl.load(xw_ptr)
         h = tl.where(s == 0.0, 0.0, -h * weight * weight / tl.where(s == 0.0, 1.0, s))  # s is -weight times distance
-    store_weights(h_ptr, h, rows - row_start, columns - column_start, stride_h, inside)
     tl.store(row_sums_ptr + by_row, tl.sum(h, 1), mask=row_ok)
     tl.store(column_sums_ptr + by_column, tl.sum(h, 0), mask=column_ok)
+    store_weights(h_ptr, h, row, column, stride_h, inside)
     if TEACHER == 2:
         for k in range(K):
             raw = segment_tile(
@@ -239,14 +228,12 @@ def relation_weights_tile(
                 tl.store(out + K * tiles * height, tl.sum(h_t * away, 1), mask=row_ok)
                 slope = -h_t * tl.load(zw_ptr + k) / tl.where(away == 0.0, 1.0, away)
                 slope = tl.where(away == 0.0, 0.0, slope)
-                store_weights(
-                    teacher_ptr + at * plane_h, slope, rows - row_start, columns - column_start, stride_h, inside
-                )
+                store_weights(teacher_ptr + at * plane_h, slope, row, column, stride_h, inside)
                 tl.store(out, tl.sum(slope, 1), mask=row_ok)
                 out = teacher_columns_ptr + at * tl.num_programs(0) * (column_end - column_start) + by_column
                 tl.store(out, tl.sum(slope, 0), mask=column_ok)
         else:
-            store_weights(teacher_ptr, h_t, rows - row_start, columns - column_start, stride_h, inside)
+            store_weights(teacher_ptr, h_t, row, column, stride_h, inside)
 
 
 @triton.jit
@@ -258,7 +245,7 @@ def relation_weights_kernel(
     teacher_ptr, teacher_rows_ptr, teacher_columns_ptr,
     row_start, row_end, column_start, column_end, parts, offset, b, n, D, F, stride_h, plane_h,
     K: tl.constexpr, EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr, TEACHER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """One block of H, or of C for euclidean relations, in h and with TEACHER (float32) in teacher, a plane a segment.
 
@@ -275,7 +262,7 @@ def relation_weights_kernel(
             z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr,
             tc_ref_ptr, coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr, teacher_ptr,
             teacher_rows_ptr, teacher_columns_ptr, row_start, row_end, column_start, column_end, offset, b, n, D, F,
-            stride_h, plane_h, K, EUCLIDEAN, SHARED, TEACHER, BLOCK_M, BLOCK_N, BLOCK_K,
+            stride_h, plane_h, K, EUCLIDEAN, SHARED, TEACHER, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
         )  # fmt: skip
     else:
         for tile in range(tl.program_id(1), parts, tl.num_programs(1)):
@@ -284,7 +271,7 @@ def relation_weights_kernel(
                 z_ptr, zc_ptr, z_norms_ptr, zc_norms_ptr, zw_ptr, z_starts_ptr, s_ref_ptr, t_ref_ptr, sc_ref_ptr,
                 tc_ref_ptr, coefficients_ptr, column_coefficients_ptr, h_ptr, row_sums_ptr, column_sums_ptr,
                 teacher_ptr, teacher_rows_ptr, teacher_columns_ptr, row_start, row_end, column_start, column_end,
-                offset, b, n, D, F, stride_h, plane_h, K, EUCLIDEAN, SHARED, TEACHER, BLOCK_M, BLOCK_N, BLOCK_K,
+                offset, b, n, D, F, stride_h, plane_h, K, EUCLIDEAN, SHARED, TEACHER, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
             )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from .chunked import HALF
 # Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: widen them first there.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STORED_SCALE = tl.constexpr(4096.0)  # of float16 gradient weights
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,19 @@ def same_pair(rows, columns, row_ids_ptr, column_ids_ptr, row_end, column_end, o
         right = tl.load(column_ids_ptr + columns, mask=columns < column_end, other=0)
         return left[:, None] == right[None, :]
     return (rows + offset)[:, None] == columns[None, :]
+
+
+@triton.jit
+def some_left_out(first_row, first_column, row_end, column_end, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile reaches over an end or holds own pairs; few do, and the others need no masks."""
+    ends = (first_row + BLOCK_M > row_end) | (first_column + BLOCK_N > column_end)
+    own = first_row + offset
+    return ends | ((own < first_column + BLOCK_N) & (first_column < own + BLOCK_M))
+
+
+@triton.jit
+def exponential(x, NARROW: tl.constexpr):
+    """exp(x). For embeddings of 16 bits what is under 2^-126 is 0, as the references allow: half the instructions."""
+    if NARROW:
+        return tl.exp2(x * LOG2E)
+    return tl.exp(x)

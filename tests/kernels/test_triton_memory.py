@@ -18,11 +18,18 @@ BESIDE = 1.5e9
 
 @pytest.fixture
 def on_paper(monkeypatch):
-    from vlscale.kernels import triton_contrastive, triton_contrastive_double, triton_contrastive_fused, triton_passes
+    from vlscale.kernels import (
+        triton_contrastive,
+        triton_contrastive_double,
+        triton_contrastive_fused,
+        triton_contrastive_waves,
+        triton_passes,
+    )
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for name in ("maxima_kernel", "statistics_kernel", "weights_kernel"):
+    for name in ("maxima_kernel", "statistics_kernel"):
         monkeypatch.setattr(triton_contrastive, name, NoKernel())
+    monkeypatch.setattr(triton_contrastive_waves, "weights_kernel", NoKernel())
     for name in ("double_statistics_kernel", "double_weights_kernel"):
         monkeypatch.setattr(triton_contrastive_double, name, NoKernel())
     monkeypatch.setattr(triton_contrastive_fused, "fused_gradient_kernel", NoKernel())
