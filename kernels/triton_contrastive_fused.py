@@ -13,7 +13,7 @@ Only for one positive a row, whose term is the caller's. As in the waves, G is f
 embeddings, against embeddings apart from their mean, whose part takes the float32 sums of G.
 """
 
-# ruff: noqa: SIM102, SIM108 (Triton prunes plain branches on constexprs, and only those)
+# ruff: noqa: SIM108 (Triton prunes plain branches on constexprs, and only those)
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from .chunked import spans
 from .chunked_contrastive import Weights
 from .triton_gradient import SideGradient
 from .triton_passes import add_parts
-from .triton_tiles import STORED_SCALE, WIDEN, Config, exponential, fused_config, some_left_out
+from .triton_tiles import STORED_SCALE, WIDEN, Config, exponential, fused_config
 
 
 @triton.jit
@@ -32,7 +32,6 @@ def fused_gradient_kernel(
     x_ptr, y_ptr, right_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
     out_ptr, total_ptr, along_ptr, row_start, row_end, n, D, stride_x, stride_y, stride_right, offset,
     SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """G right of one wave's rows against y (n, D), (splits, rows, D); each row's sum of G and <G, S>, (splits, rows).
 
@@ -62,20 +61,19 @@ def fused_gradient_kernel(
         y_place = y_ptr + tl.cast(first, tl.int64) * stride_y + (column[:, None] * stride_y + features[None, :])
         y = tl.load(y_place, mask=loaded, other=0.0)
         if WIDEN:
-            s = tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), input_precision="ieee")
+            s = scale * tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), input_precision="ieee")
         else:
-            s = tl.dot(x, tl.trans(y), input_precision="ieee")
+            s = scale * tl.dot(x, tl.trans(y), input_precision="ieee")
         column_inverse = tl.load(column_inverse_ptr + columns, mask=column_ok, other=0.0)[None, :]
         if SHARED:
-            g = exponential(scale * s - row_ref, True) * (row_inverse + column_inverse)
+            g = exponential(s - row_ref, True) * (row_inverse + column_inverse)
         else:
             column_ref = tl.load(column_ref_ptr + columns, mask=column_ok, other=0.0)[None, :]
-            g = exponential(scale * s - row_ref, True) * row_inverse
-            g += exponential(scale * s - column_ref, True) * column_inverse
-        if not WHOLE:
-            if some_left_out(first_row, first, row_end, n, offset, BLOCK_M, BLOCK_N):
-                others = (rows + offset)[:, None] != columns[None, :]
-                g = tl.where(row_ok[:, None] & column_ok[None, :] & others, g, 0.0)
+            g = exponential(s - row_ref, True) * row_inverse
+            g += exponential(s - column_ref, True) * column_inverse
+        # a branch around the masks, as elsewhere, makes triton 3.6 spill here
+        counted = row_ok[:, None] & column_ok[None, :] & ((rows + offset)[:, None] != columns[None, :])
+        g = tl.where(counted, g, 0.0)
         total += tl.sum(g, 1)
         along += tl.sum(g * s, 1)
         right_place = right_ptr + tl.cast(first, tl.int64) * stride_right
@@ -86,7 +84,7 @@ def fused_gradient_kernel(
         gradient = tl.dot(g.to(right_ptr.dtype.element_ty), right, gradient, input_precision="ieee")
     by_row = tl.program_id(1).to(tl.int64) * (row_end - row_start) + rows - row_start
     tl.store(total_ptr + by_row, total, mask=row_ok)
-    tl.store(along_ptr + by_row, scale * along, mask=row_ok)
+    tl.store(along_ptr + by_row, along, mask=row_ok)
     out = out_ptr + by_row[:, None] * D + features[None, :]
     tl.store(out, gradient, mask=row_ok[:, None] & feature_ok[None, :])
 
