@@ -285,7 +285,10 @@ def test_two_ranks_at_zero_3_in_bf16_have_the_copy_of_one_and_both_refuse_anothe
 
 
 def judged(image: torch.Tensor, text: torch.Tensor, **objective) -> None:
-    parts = SimpleNamespace(inputs=SimpleNamespace(teacher_rows=lambda batch: (image, text)))
+    def rows(batch: None, seen: tuple[bool, bool]) -> list[torch.Tensor | None]:
+        return [own if asked else None for own, asked in zip((image, text), seen, strict=True)]
+
+    parts = SimpleNamespace(inputs=SimpleNamespace(teacher_rows=rows))
     check_teachers(parts, ObjectiveConfig(**objective), None, Ranks())
 
 
@@ -295,6 +298,7 @@ def test_a_teacher_that_hardly_tells_samples_apart_is_told_in_one_line(caplog):
     judged(fine, fine, name="covlr")
     judged(weak[:7], weak[:7], name="covlr")  # too few to judge
     judged(weak, fine, name="covlr", relation_weight_image=0)
+    judged(weak[:1].expand(16, -1), fine, name="covlr", relation_weight_image=0)  # constant, and nobody asks it
     assert not caplog.records
     judged(fine, weak, name="covlr")
     judged(weak, fine, name="rvlr")

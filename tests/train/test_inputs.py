@@ -1,6 +1,7 @@
 """What the student and the teachers are given: views stacked, teachers from elsewhere with their own inputs."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from vlscale.data.stream import TrainStream
 from vlscale.data.tokens import tokenise, train_tokenizer
 from vlscale.models.hf_folder import new_image_processor
 from vlscale.models.teachers import Teacher, Teachers
-from vlscale.sections import DataConfig
+from vlscale.sections import DataConfig, ObjectiveConfig
 from vlscale.train.inputs import Inputs
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -108,8 +109,26 @@ def test_a_batch_that_comes_again_is_not_shown_to_the_teachers_again(corpus, bat
     seen, inputs, other = [], inputs_with(tokenizer, teachers), first_batch(corpus, tokenizer)
     teachers.image.tower.register_forward_hook(lambda *call: seen.append(len(call[2].pooler_output)))
     first = inputs.teacher_rows(batch)
-    assert inputs.teacher_rows(batch) is first and seen == [8]
+    assert all(again is rows for again, rows in zip(inputs.teacher_rows(batch), first, strict=True)) and seen == [8]
     assert torch.equal(inputs.teacher_rows(other)[0], first[0]) and seen == [8, 8]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_teacher_that_no_loss_looks_at_does_not_run(batch, tokenizer, cached):
+    teachers = Teachers(image_teacher(32, None), text_teacher(len(tokenizer), None))
+    ran = []
+    for name, teacher in (("image", teachers.image), ("text", teachers.text)):
+        teacher.tower.register_forward_hook(lambda *call, name=name: ran.append(name))
+    whole = inputs_with(tokenizer, teachers).teacher_rows(batch)
+    ran.clear()
+    if cached:
+        batch = replace(batch, teacher_image=whole[0], teacher_text=whole[1])
+    inputs = inputs_with(tokenizer, None if cached else teachers)
+    image, text = inputs.teacher_rows(batch, ObjectiveConfig(name="covlr", relation_weight_image=0).teachers_seen)
+    assert image is None and torch.allclose(text, whole[1]) and ran == ([] if cached else ["text"])
+    assert inputs.teacher_rows(batch, ObjectiveConfig(name="covlr", relation_weight_text=0).teachers_seen)[1] is None
+    image, again = inputs.teacher_rows(batch, ObjectiveConfig(name="rvlr").teachers_seen)
+    assert torch.allclose(image, whole[0]) and again is text and ran == ([] if cached else ["text", "image"])
 
 
 def test_teachers_see_a_chunk_at_a_time(batch, tokenizer):

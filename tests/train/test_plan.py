@@ -149,7 +149,7 @@ class Given:
         pixels = torch.zeros(PAIRS, 3, SIDE, SIDE, dtype=torch.uint8)
         return {"pixels": pixels, "input_ids": ids, "attention_mask": ids.clone()}
 
-    def teacher_rows(self, batch: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    def teacher_rows(self, batch: SimpleNamespace, seen: tuple[bool, bool]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randn(PAIRS, 64), torch.randn(PAIRS, 64)
 
 
@@ -227,6 +227,14 @@ def test_the_copy_that_a_checkpoint_is_written_from_is_counted(ranks, tmp_path, 
     assert planned(config).host_memory["checkpoint on its way"] == pytest.approx(copied, rel=0.02)
     at_once = planned(config_of(*overrides, "train.checkpoint_async=false"))
     assert "checkpoint on its way" not in at_once.host_memory
+
+
+def test_a_teacher_that_no_loss_looks_at_is_not_counted():
+    both, text, image = (
+        planned(config_of("objective.name=covlr", "teacher.source=frozen_copy", *weights)).operations["teachers"]
+        for weights in ([], ["objective.relation_weight_image=0"], ["objective.relation_weight_text=0"])
+    )
+    assert text > 0 and image > 0 and text + image == both
 
 
 def test_a_fusion_encoder_is_counted_with_what_towers_do_for_it():

@@ -52,6 +52,13 @@ class ObjectiveConfig(Section):
         return self.relation_weight if own is None else own
 
     @property
+    def teachers_seen(self) -> tuple[bool, bool]:
+        """Whether a step looks at the image teacher's embeddings, and at the text teacher's, where there are any."""
+        if self.name != "covlr":
+            return True, True
+        return self.image_relation_weight > 0, self.text_relation_weight > 0
+
+    @property
     def matching_weight(self) -> float:
         """Where there is a fusion encoder."""
         return 1.0 if self.itm_weight is None else self.itm_weight

@@ -46,11 +46,11 @@ class Diagnostics:
         module.eval()
         with torch.no_grad():
             rows = embed(parts.engine.plain, parts.at(0, 0), self.probe)
+            teachers = parts.inputs.teacher_rows(self.probe)  # both, also one that training does not look at
         module.train()
         of_embeddings = parts.objective.distils and not (parts.objective.name == "rvlr" and rows.fused is not None)
         values = {"gradient_cosine": gradient_cosine(rows, parts)} if of_embeddings else {}
         students = [first_rows(own, PROBE, parts.ranks) for own in (rows.image, rows.text)]
-        teachers = (rows.teacher_image, rows.teacher_text)
         teachers = [own if own is None else first_rows(own, PROBE, parts.ranks) for own in teachers]
         values |= relation_facts(*students, *teachers, parts.objective)
         return {f"probe_{name}": value for name, value in values.items()}

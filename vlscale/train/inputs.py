@@ -37,7 +37,7 @@ class Inputs:
         self.fuses, self.words, self.chunk_size = fuses, words, chunk_size
         self.spec, self.device, self.teachers, self.max_length = spec, device, teachers, max_length
         self._dtype = dtype  # of the towers, and of cached rows, as the teachers' own would be
-        self._last: tuple[Batch, TeacherEmbeddings] | None = None
+        self._last: tuple[Batch | None, dict[str, torch.Tensor]] = None, {}
         self.teacher_spec = spec
         self._teacher_tokenizer = None  # None: the student's token ids serve
         if teachers is not None and teachers.image.source is not None:
@@ -60,20 +60,27 @@ class Inputs:
             "attention_mask": mask.to(self.device, non_blocking=True),
         }
 
-    def teacher_rows(self, batch: Batch) -> TeacherEmbeddings:
+    def teacher_rows(self, batch: Batch, seen: tuple[bool, bool] = (True, True)) -> TeacherEmbeddings:
         """Image and text embeddings (B, D_teacher) of the teachers for the first views, or those that a teacher cache
-        has of the samples; None without teachers. Those of the last batch are kept: a meta step asks again."""
-        if self._last is None or self._last[0] is not batch:
-            self._last = batch, self._made_rows(batch)
-        return self._last[1]
+        has of the samples; None without teachers, and of a side that is not `seen`: that teacher does not run. Those of
+        the last batch are kept: a meta step asks again."""
+        if self._last[0] is not batch:
+            self._last = batch, {}
+        made = self._last[1]
+        if batch.teacher_image is not None or self.teachers is not None:
+            for name, asked in zip(("image", "text"), seen, strict=True):
+                if asked and name not in made:
+                    made[name] = self._made_rows(name, batch)
+        image, text = (made.get(name) if asked else None for name, asked in zip(("image", "text"), seen, strict=True))
+        return image, text
 
-    def _made_rows(self, batch: Batch) -> TeacherEmbeddings:
+    def _made_rows(self, name: str, batch: Batch) -> torch.Tensor:
         if batch.teacher_image is not None:
-            image, text = (unit(rows.to(self.device)) for rows in (batch.teacher_image, batch.teacher_text))
-            return image.to(self._dtype), text.to(self._dtype)
-        if self.teachers is None:
-            return None, None
-        return self._image_rows(self.teachers.image, batch), self._text_rows(self.teachers.text, batch)
+            cached = batch.teacher_image if name == "image" else batch.teacher_text
+            return unit(cached.to(self.device)).to(self._dtype)
+        if name == "image":
+            return self._image_rows(self.teachers.image, batch)
+        return self._text_rows(self.teachers.text, batch)
 
     def _pixels(self, images: torch.Tensor | PackedPictures, spec: ImageSpec) -> torch.Tensor:
         """uint8 as they come, or of packed pictures what a tower of `spec` takes, (B, 3, S, S) of the towers' dtype."""

@@ -260,7 +260,9 @@ def operations(run: Run) -> dict[str, int]:
             choosing = sum(tower.forward_flops for tower in run.towers.values()) * count * run.losses
         seen = [(run.fused, count)]
     towers = sum(count * ((1 + (count > 1)) * cost.forward_flops + cost.backward_flops) for cost, count in seen)
-    teachers = sum(t.forward_flops for t in run.teachers.values()) * (run.local // run.at_once)
+    asked = dict(zip(("vision", "text"), run.config.objective.teachers_seen, strict=True))
+    teachers = sum(cost.forward_flops for name, cost in run.teachers.items() if asked[name])
+    teachers *= run.local // run.at_once
     if run.teacher_heads is not None:
         teachers += run.teacher_heads.forward_flops + run.teacher_heads.backward_flops
     return {

@@ -64,7 +64,7 @@ def heads_step(parts: StepParts, batch: Batch, test_batch: Batch) -> dict[str, f
 
 
 def _towers(parts: StepParts, batch: Batch) -> _Towers:
-    teachers = parts.inputs.teacher_rows(batch)
+    teachers = parts.inputs.teacher_rows(batch, parts.objective.teachers_seen)
     return _Towers(parts.engine(**forward_inputs(parts, batch, teachers), split_heads=True), teachers, batch)
 
 

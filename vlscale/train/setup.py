@@ -140,30 +140,28 @@ def build_probe(config: Config, parts: Parts, ranks: Ranks) -> Batch | None:
 def check_teachers(parts: Parts, objective: ObjectiveConfig, batch: Batch, ranks: Ranks) -> None:
     """Raises the same ValueError on every rank when a teacher's relations in the global batch say nothing, and warns of
     one whose relations say little. `batch`: this rank's part."""
-    image, text = parts.inputs.teacher_rows(batch)
-    if image is None:
-        return
+    rows = dict(zip(("image", "text"), parts.inputs.teacher_rows(batch, objective.teachers_seen), strict=True))
     each = -(-JUDGED_ROWS // ranks.size)
-    image, text = (gather_rows(rows[:each].float(), ranks) for rows in (image, text))
+    rows = {name: gather_rows(own[:each].float(), ranks) for name, own in rows.items() if own is not None}
     fault = None
     if ranks.first:
         try:
-            check_not_constant(image, "teacher.image")
-            check_not_constant(text, "teacher.text")
+            for name, own in rows.items():
+                check_not_constant(own, f"teacher.{name}")
         except ValueError as error:
             fault = str(error)
     fault = ranks.from_first(fault)
     if fault is not None:
         raise ValueError(fault)
     if ranks.first:
-        _warn_if_weak("image", image, objective, objective.image_relation_weight)
-        _warn_if_weak("text", text, objective, objective.text_relation_weight)
+        for name, own in rows.items():
+            _warn_if_weak(name, own, objective)
 
 
-def _warn_if_weak(name: str, rows: torch.Tensor, objective: ObjectiveConfig, weight: float) -> None:
-    """`rows` (B, D_teacher) of different samples. With covlr, nothing of a side without `weight`."""
+def _warn_if_weak(name: str, rows: torch.Tensor, objective: ObjectiveConfig) -> None:
+    """`rows` (B, D_teacher) of different samples."""
     covlr = objective.name == "covlr"
-    if len(rows) < LEAST_ROWS or (covlr and weight == 0):
+    if len(rows) < LEAST_ROWS:
         return
     least, most = relation_range(rows)
     if most - least < WEAK_SPREAD:

@@ -72,8 +72,8 @@ def finish(parts: StepParts, loss: torch.Tensor, metrics: dict[str, torch.Tensor
 
 
 def embed(forward: Forward, parts: StepParts, batch: Batch) -> Embedded:
-    """One forward of each tower over all views of this rank's pairs, and of the teachers."""
-    teachers = parts.inputs.teacher_rows(batch)
+    """One forward of each tower over all views of this rank's pairs, and of the teachers that the loss looks at."""
+    teachers = parts.inputs.teacher_rows(batch, parts.objective.teachers_seen)
     return embedded(forward(**forward_inputs(parts, batch, teachers)), teachers, batch)
 
 
