@@ -75,11 +75,12 @@ DROPS = "hidden_dropout_prob: 0.3, attention_probs_dropout_prob: 0.3"
 WIDTH = "hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2"
 
 
-def dual_encoder() -> DualEncoder:
+def dual_encoder(locked: str = "[]") -> DualEncoder:
     """Dropout of activations and of attention in both towers; the vision tower leaves out parts of blocks by row."""
     vision = f"model_type: dinov2, image_size: 16, patch_size: 8, mlp_ratio: 2, drop_path_rate: 0.4, {WIDTH}, {DROPS}"
     text = f"model_type: bert, vocab_size: 50, intermediate_size: 32, {WIDTH}, {DROPS}"
-    model = f"model={{embed_dim: 8, vision: {{config: {{{vision}}}}}, text: {{max_length: 6, config: {{{text}}}}}}}"
+    towers = f"vision: {{config: {{{vision}}}}}, text: {{max_length: 6, config: {{{text}}}}}"
+    model = f"model={{embed_dim: 8, locked: {locked}, {towers}}}"
     torch.manual_seed(0)
     return build_dual_encoder(validate(parse_overrides([model]), "test").model)
 
@@ -165,3 +166,18 @@ def test_every_parameter_is_reduced_once_a_step(chunk_size):
         parameter.register_post_accumulate_grad_hook(lambda parameter, name=name: reduced.update([name]))
     learned = backward(encoder, lambda encoder: encoder(*pairs(), chunk_size)[:3])
     assert reduced == dict.fromkeys(learned, 1) and len(learned) > 40
+
+
+@pytest.mark.parametrize(("locked", "runs"), [("[]", 2), ("[vision]", 1)])
+def test_a_locked_tower_runs_once(locked, runs):
+    ran, found = [], []
+    for chunk_size in (None, CHUNK):
+        encoder = dual_encoder(locked).eval()
+        encoder.vision_model.register_forward_hook(lambda *call, size=chunk_size: ran.append(size))
+        out = encoder(*pairs(), chunk_size)
+        (out.image @ out.text.T).logsumexp(1).sum().backward()
+        found.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+    assert ran == [None] + [CHUNK] * CHUNKS * runs
+    assert found[0].keys() == found[1].keys() and "visual_projection.weight" in found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)

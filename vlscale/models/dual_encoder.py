@@ -181,12 +181,20 @@ class DualEncoder(nn.Module):
             text = in_chunks(self._text_features, chunk_size, input_ids, attention_mask)
             fused = None
         else:
-            image = in_chunks(self.encode_image, chunk_size, pixels)
-            text = in_chunks(self.encode_text, chunk_size, input_ids, attention_mask)
+            image = self._by_chunks("vision", chunk_size, pixels)
+            text = self._by_chunks("text", chunk_size, input_ids, attention_mask)
             return Embeddings(image, text, scale, bias, teacher)
         if split_heads:
             return Features(image, text, self.visual_projection(), self.text_projection(), scale, bias, teacher, fused)
         return Embeddings(*self.embeddings(image, text), scale, bias, teacher, fused)
+
+    def _by_chunks(self, modality: str, chunk_size: int | None, *inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D). A locked tower has no activations to save: its chunks run once, and end at its rows."""
+        vision = modality == "vision"
+        if modality in self.locked:
+            rows = in_chunks(self._image_features if vision else self._text_features, chunk_size, *inputs)
+            return unit((self.visual_projection if vision else self.text_projection)(rows))
+        return in_chunks(self.encode_image if vision else self.encode_text, chunk_size, *inputs)
 
     def _fused(self, views: Pairs, fusing: Fusing, scale: torch.Tensor, chunk_size: int | None) -> Made:
         """Pooled rows of all views, and what the fusion encoder makes of the first ones."""

@@ -252,14 +252,15 @@ def traffic(run: Run) -> dict[str, int]:
 
 def operations(run: Run) -> dict[str, int]:
     """Multiplications and additions of a rank in one update: products only, as FLOP counters count."""
-    seen = [(run.towers[name], count) for name, count in run.forwards.items()]
+    locked = run.config.model.locked  # a tower that keeps nothing for its backward runs once, by chunks too
+    seen = [(run.towers[name], count, count > 1 and name not in locked) for name, count in run.forwards.items()]
     choosing = 0
     if run.fuses:
         count = run.local // run.at_once
         if count > 1 and run.config.objective.matching_weight > 0:
             choosing = sum(tower.forward_flops for tower in run.towers.values()) * count * run.losses
-        seen = [(run.fused, count)]
-    towers = sum(count * ((1 + (count > 1)) * cost.forward_flops + cost.backward_flops) for cost, count in seen)
+        seen = [(run.fused, count, count > 1)]
+    towers = sum(count * ((1 + twice) * cost.forward_flops + cost.backward_flops) for cost, count, twice in seen)
     asked = dict(zip(("vision", "text"), run.config.objective.teachers_seen, strict=True))
     teachers = sum(cost.forward_flops for name, cost in run.teachers.items() if asked[name])
     teachers *= run.local // run.at_once
