@@ -193,6 +193,12 @@ def test_patterns_expand_in_order(corpus):
         ([], "data.train is not given"),
         ("nowhere/train-*.tar", "no shard matches 'nowhere/train-.*check the path"),
         ("nowhere/train-{0..3}.tar", "no shard matches"),
+        (
+            "a.tar,b.tar",
+            "no shard matches 'a.tar,b.tar'; .* several are a list: data.train='\\[\"a.tar\", \"b.tar\"\\]'",
+        ),
+        ("a-{0..1}.tar::b.tar", "'::' joins nothing here, .* data.train='\\[\"a-\\{0..1\\}.tar\", \"b.tar\"\\]'"),
+        ("a.tar::b.tar", 'several are a list: data.train=\'\\["a.tar", "b.tar"\\]\''),
         ("pipe:cat x.tar", "scheme 'pipe' of pipe:cat x.tar is not allowed"),
         ("ftp://host/x.tar", "scheme 'ftp'"),
     ],

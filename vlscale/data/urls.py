@@ -20,6 +20,8 @@ def expand(urls: list[str] | str | None, what: str = "data.train", *, pipes: str
         )
     shards: list[str] = []
     for pattern in [urls] if isinstance(urls, str) else urls:
+        if "::" in pattern and scheme_of(pattern) != "pipe":
+            raise ValueError(f"{what}: '::' joins nothing here, in {pattern}; {_as_list(pattern.split('::'), what)}")
         for url in braceexpand.braceexpand(pattern, escape=False):
             _check_whole(url, what)
             shards += [url] if pipes is not None and scheme_of(url) == "pipe" else _matches(url, pattern, what)
@@ -36,6 +38,11 @@ def expand_sources(
     parts = [expand([url], what, pipes=pipes) for url in urls or []]
     expand(urls, what, pipes=pipes)  # the checks over all of them
     return [shard for part in parts for shard in part], [number for number, part in enumerate(parts) for _ in part]
+
+
+def _as_list(patterns: list[str], what: str) -> str:
+    quoted = ", ".join(f'"{pattern.strip()}"' for pattern in patterns)  # braces would be read as YAML's otherwise
+    return f"several are a list: {what}='[{quoted}]'"
 
 
 def _check_whole(url: str, what: str) -> None:
@@ -68,5 +75,7 @@ def _matches(url: str, pattern: str, what: str) -> list[str]:
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.isfile(path)
     if not found:
         among = "" if url == pattern else f", of {pattern!r}"
-        raise ValueError(f"{what}: no shard matches {url!r}{among}; expected existing .tar files, check the path")
+        several = "," in pattern and "{" not in pattern
+        hint = _as_list(pattern.split(","), what) if several else "check the path"
+        raise ValueError(f"{what}: no shard matches {url!r}{among}; expected existing .tar files, {hint}")
     return found
