@@ -10,9 +10,7 @@ benchmarks/results/DATE-kernels-cpu-FAMILIES.json and .md.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from common import RESULTS, provenance, today  # noqa: E402
 
 from vlscale.kernels import contrastive_loss, relation_kl_loss, topk_neighbors  # noqa: E402
 
@@ -164,20 +164,14 @@ def table(rows: list[dict]) -> str:
 
 
 def write(rows: list[dict], arguments: argparse.Namespace) -> str:
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{torch.get_num_threads()} CPU cores",
-        "threads": arguments.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": "python benchmarks/kernels_cpu.py " + " ".join(sys.argv[1:]),
-    }
-    text = "# Chunked losses on a CPU\n\n" + "".join(f"- {key}: {value}\n" for key, value in about.items())
-    text += (
-        "\nLosses forward + backward, float32; the ratio is to the variant above it, memory beyond inputs and "
+    command = "python benchmarks/kernels_cpu.py " + " ".join(sys.argv[1:])
+    about = {"measured": provenance(command), "threads": arguments.threads}
+    text = (
+        f"# Chunked losses on a CPU\n\n{about['measured']} {arguments.threads} threads.\n\n"
+        "Losses forward + backward, float32; the ratio is to the variant above it, memory beyond inputs and "
         "gradients.\n\n"
     )
-    stem = ROOT / "benchmarks" / "results" / "-".join([about["date"], "kernels-cpu", *arguments.families])
+    stem = RESULTS / "-".join([today(), "kernels-cpu", *arguments.families])
     stem.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + table(rows))
     return text + table(rows)
