@@ -304,7 +304,8 @@ def test_rvlr_is_counted_by_its_terms():
     projections = 2 * (2 * PAIRS * 64 * 64)
     assert plan.operations["teachers"] == 2 * projections  # forward, and the weights' gradient
     by_kl = planned(config_of(*RVLR_ALONE, "objective.relation_distance=kl"))
-    assert by_kl.operations["losses"] - plan.operations["losses"] == 4 * 2 * PAIRS**2 * 192  # both sides once more
+    assert by_kl.operations["losses"] - plan.operations["losses"] == 4 * PAIRS**2 * (2 * 192 + 128 - 2 * 128)
+    # both sides once more, and of the teachers' gradients what their weights take
     crossed = planned(config_of(*RVLR_ALONE, "objective.cross_modal_relation=true"))
     assert crossed.operations["losses"] - plan.operations["losses"] == 2 * PAIRS**2 * (256 + 256)
     assert not any("rvlr" in note for note in plan.notes)

@@ -1,8 +1,8 @@
 """What the losses of a run cost a rank: which terms there are, and the bytes, products and traffic of each.
 
 Legend: as in `memory_plan`; F = D_s + D_t, the widths of a relation term's student and of all its teachers; L of them
-learn, numbers a row. Where the formulas come from: vlscale.objectives.sharded_contrastive, sharded_relation_kl,
-sharded_relation_match.
+get a gradient, numbers a row. Where the formulas come from: vlscale.objectives.sharded_contrastive,
+sharded_relation_kl, sharded_relation_match.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Relations:
     student: int  # D_s
     teachers: int  # D_t
     frozen_student: bool = False
-    mixed: bool = False  # the teachers' weights learn, and get their gradient by that of the teachers' rows
+    mixed: bool = False  # the teachers' weights learn; but for kl they get their gradient by that of the teachers' rows
 
     @property
     def width(self) -> int:
@@ -33,7 +33,7 @@ class Relations:
 
     @property
     def learned(self) -> int:
-        return self.student * (not self.frozen_student) + self.teachers * self.mixed
+        return self.student * (not self.frozen_student) + self.teachers * (self.mixed and self.distance != "kl")
 
 
 def contrasts(run: Run) -> int:
@@ -137,15 +137,17 @@ def _traffic_of(term: Relations, run: Run) -> float:
 
 
 def loss_operations(run: Run) -> int:
-    """Of one loss, a rank's part: a contrast is 8 N^2 D, kl 4 N^2 F + 2 N^2 L, mae and Wasserstein 2 N^2 (F + L), mse
-    2 N F^2 and twice that again where rows learn."""
+    """Of one loss, a rank's part: a contrast is 8 N^2 D, kl 4 N^2 F + 2 N^2 L and N^2 D_t where weights learn, mae and
+    Wasserstein 2 N^2 (F + L), mse 2 N F^2 and twice that again where rows learn."""
     everyone, width = run.config.train.global_batch_size, run.config.model.embed_dim
     relation = 0
     for term in relations(run):
         if term.distance == "mse":
             relation += 2 * everyone * term.width**2 * (1 if term.frozen_student else 3)
         else:
-            relation += 2 * everyone**2 * (term.width * (1 + (term.distance == "kl")) + term.learned)
+            relation += 2 * everyone**2 * (term.width + term.learned)
+        if term.distance == "kl":
+            relation += everyone**2 * (2 * term.width + term.teachers * term.mixed)
     return (8 * everyone**2 * width * contrasts(run) * run.passes.consistency + relation) // run.world
 
 
