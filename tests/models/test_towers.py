@@ -83,7 +83,10 @@ def test_a_folder_gives_its_weights_and_one_without_is_refused(tmp_path):
     for name, value in saved.state_dict().items():
         assert torch.equal(tower.state_dict()[name], value)
     (tmp_path / "vit" / "model.safetensors").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"holds no weights: expected model.safetensors, got config.json"):
+    with pytest.raises(ValueError, match=r"expected model.safetensors, got config.json \(check the path\)"):
+        build_tower("vision", str(tmp_path / "vit"), None, None)
+    (tmp_path / "elsewhere").rename(tmp_path / "vit" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"got config.json, pytorch_model.bin \(convert pickled weights"):
         build_tower("vision", str(tmp_path / "vit"), None, None)
 
 

@@ -108,11 +108,11 @@ def check_weights(source: str) -> None:
     check_exists(source)
     folder = Path(source)
     if folder.is_dir() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))):
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(
-            f"model folder {source} holds no weights: expected model.safetensors, got {found} "
-            "(convert pickled weights with save_pretrained)"
-        )
+        names = sorted(path.name for path in folder.iterdir())
+        pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+        change = "convert pickled weights with save_pretrained" if pickled else "check the path"
+        found = ", ".join(names[:5]) or "nothing"
+        raise ValueError(f"model folder {source} holds no weights: expected model.safetensors, got {found} ({change})")
 
 
 def check_exists(source: str) -> None:
