@@ -229,23 +229,6 @@ def test_the_copy_that_a_checkpoint_is_written_from_is_counted(ranks, tmp_path, 
     assert "checkpoint on its way" not in at_once.host_memory
 
 
-def test_a_teacher_that_no_loss_looks_at_is_not_counted():
-    both, text, image = (
-        planned(config_of("objective.name=covlr", "teacher.source=frozen_copy", *weights)).operations["teachers"]
-        for weights in ([], ["objective.relation_weight_image=0"], ["objective.relation_weight_text=0"])
-    )
-    assert text > 0 and image > 0 and text + image == both
-
-
-def test_chunks_of_a_locked_tower_are_counted_once():
-    def again(*overrides: str) -> int:
-        whole, chunked = (planned(config_of(*overrides, *more)) for more in ([], ["train.chunk_size=16"]))
-        return chunked.operations["towers"] - whole.operations["towers"]
-
-    both, text, image = again(), again("model.locked=[vision]"), again("model.locked=[text]")
-    assert text > 0 and image > 0 and text + image == both
-
-
 def test_a_fusion_encoder_is_counted_with_what_towers_do_for_it():
     alone, with_words = planned(config_of()), planned(config_of(FUSION, "objective.mlm_weight=1"))
     model, dual = build_model(config_of(FUSION, "objective.mlm_weight=1")), build_model(config_of())
