@@ -13,7 +13,7 @@ from vlscale.config import load_plan
 from vlscale.data.batch import Batch
 from vlscale.train import meta_shift
 from vlscale.train.engine import Engine, start_ranks
-from vlscale.train.gradients import Gradients, Move
+from vlscale.train.gradients import Gradients, Move, dithered
 from vlscale.train.setup import build_parts, build_stream
 from vlscale.train.step import StepParts
 from vlscale.train.steps import STEPS
@@ -114,11 +114,12 @@ def test_in_bf16_every_shift_starts_from_the_master_weights(build, stage, monkey
     def watched() -> Iterator[Move]:
         with moving() as move:
 
-            def moved(along: Gradients, rate: torch.Tensor) -> torch.Tensor:
-                cosine = move(along, rate)
+            def moved(along: Gradients, rate: torch.Tensor, dither: bool = False) -> torch.Tensor:
+                cosine = move(along, rate, dither)
                 for name, values in start.items():
                     shifted = [value.float() + along[i].float().reshape(-1) * rate for i, value in enumerate(values)]
-                    agree[name].append(same(held(engine), [value.bfloat16() for value in shifted]))
+                    rounded = [dithered(value, 0) if dither else value.bfloat16() for value in shifted]
+                    agree[name].append(same(held(engine), rounded))
                 return cosine
 
             yield moved

@@ -63,16 +63,12 @@ ONCE = {
     name: f"{own}, objective: {{relation_weight: 5}}, optim: {DESCENT}, train: {{max_steps: 1}}"
     for name, own in ONCE.items()
 }
-LIGHT = "difference-once-light"  # relations as light as usual: the whole gradient is as near as other modes'
-LIGHTLY = {
-    LIGHT: f"meta: {{{DIFFERENCE}}}, engine: {{zero_stage: 2, dtype: bf16}}, optim: {DESCENT}, train: {{max_steps: 1}}"
-}
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_config, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "modes.yaml"
-    variants = [f"{name}: {{{own}}}" for name, own in (MATRIX | FURTHER | ONCE | LIGHTLY).items()]
+    variants = [f"{name}: {{{own}}}" for name, own in (MATRIX | FURTHER | ONCE).items()]
     path.write_text(
         f"base: {tiny_config}\n"
         "teacher: {source: frozen_copy}\n"
@@ -157,14 +153,7 @@ def within(config: Config) -> float:
     return 1e-4 if config.meta_mode == "finite_difference" else 1e-5
 
 
-def gradient_bounds(config: Config) -> tuple[float, float]:
-    """In bf16: the least cosine with plain PyTorch's gradient in fp32, and how far the length may be from its length.
-
-    finite_difference reaches 0.997 and 0.93 of the length. That is inherent: master weights start as numbers of bf16,
-    and a shift by e v that is less than half way to the next one is lost. H v alone has a cosine of 0.9 then, and 0.8
-    of its length. The other modes' gradients have a cosine of 0.964 at most with finite_difference's.
-    """
-    return (0.99, 0.1) if config.meta_mode == "finite_difference" else (0.999, 0.01)
+LEAST_COSINE = 0.999  # of a gradient in bf16 with plain PyTorch's in fp32
 
 
 @pytest.mark.parametrize("name", [*MATRIX, *FURTHER])
@@ -173,19 +162,13 @@ def test_two_ranks_follow_plain_pytorch(launched, configs, plain, name):
     assert found == pytest.approx(plain(name).losses, rel=within(configs[name]))
 
 
-def test_one_step_of_finite_differences_in_bf16_with_light_relations(launched, plain):
-    expected, final = plain(LIGHT), weights_of(load_dual_encoder(str(launched / LIGHT)))
-    start = {key: value.bfloat16().float() for key, value in expected.before.items()}
-    assert torch.cosine_similarity(difference(final, start), expected.moved, 0) >= 0.999
-
-
 @pytest.mark.parametrize("name", ONCE)
 def test_one_step_in_bf16_has_the_gradient_of_plain_pytorch(launched, configs, plain, name):
-    expected, (least_cosine, length) = plain(name), gradient_bounds(configs[name])
+    expected, length = plain(name), 0.03 if configs[name].meta_mode == "finite_difference" else 0.01
     final = weights_of(load_dual_encoder(str(launched / name)))
     start = {key: value.bfloat16().float() for key, value in expected.before.items()}  # of the engine's master weights
     moved = difference(final, start)
-    assert torch.cosine_similarity(moved, expected.moved, 0) >= least_cosine
+    assert torch.cosine_similarity(moved, expected.moved, 0) >= LEAST_COSINE
     assert float(moved.norm()) == pytest.approx(float(expected.moved.norm()), rel=length)
     (line,) = read_metrics(launched / name / "metrics.jsonl")
     assert [line["loss"]] == pytest.approx(expected.losses, rel=5e-3)
@@ -202,9 +185,8 @@ def test_runs_differ_by_more_than_is_allowed(configs, plain):
         allowed = max(within(configs[name]) for name in (first, second))
         assert plain(first).losses != pytest.approx(plain(second).losses, rel=2 * allowed), (first, second)
     for first, second in pairs_that_differ(ONCE, plain):
-        least_cosine = min(gradient_bounds(configs[name])[0] for name in (first, second))
         cosine = torch.cosine_similarity(plain(first).moved, plain(second).moved, 0)
-        assert 1 - cosine > 2 * (1 - least_cosine), (first, second)
+        assert 1 - cosine > 2 * (1 - LEAST_COSINE), (first, second)
 
 
 def pairs_that_differ(names: Iterable[str], plain: Callable[[str], Trained]) -> Iterator[tuple[str, str]]:

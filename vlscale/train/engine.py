@@ -123,9 +123,9 @@ class Engine:
         self._drop_gathered()
         with moving(self._held(), self._split) as move:
 
-            def moved(along: Gradients, rate: torch.Tensor) -> torch.Tensor:
+            def moved(along: Gradients, rate: torch.Tensor, dither: bool = False) -> torch.Tensor:
                 self._drop_gathered()
-                return move(along, rate)
+                return move(along, rate, dither)
 
             try:
                 yield moved

@@ -7,6 +7,7 @@ whole on every rank.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from vlscale.distributed import Ranks, all_reduce
 from vlscale.models.rows import wide
 
 BUCKET = 1 << 24  # numbers that travel at once: 64 MB
+GOLDEN = -1640531527  # 2^32 over the golden ratio, as an int32: its multiples spread evenly over all of them
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Gradients:
         return self
 
 
-Move = Callable[[Gradients, torch.Tensor], torch.Tensor]
+class Move(Protocol):
+    def __call__(self, along: Gradients, rate: torch.Tensor, dither: bool = False) -> torch.Tensor: ...
 
 
 @contextmanager
@@ -73,13 +76,14 @@ def moving(held: list[Held], ranks: Ranks | None) -> Iterator[Move]:
     """Inside the block `move(along, rate)` puts the parameters at where they were before it, plus rate * along; at its
     end they are put back bit for bit, also after an error.
 
-    Every move starts from the master weights and is rounded once. It gives the cosine () between the intended and the
-    realised shift: 1 in float32; in bf16 it falls where a step is small against the spacing of the weights. `ranks`:
-    over which the parameters are split; None: each holds them whole.
+    Every move starts from the master weights and is rounded once: to the nearest, or with `dither` (see `dithered`) so
+    that many elements together move as far as they were to, where each is to move by less than the spacing of bf16. It
+    gives the cosine () between the intended and the realised shift: 1 in float32; in bf16 it falls where a step is
+    small against that spacing. `ranks`: over which the parameters are split; None: each holds them whole.
     """
     before = [own.values.clone() for own in held]
     try:
-        yield lambda along, rate: _move(held, before, along, rate, ranks)
+        yield lambda along, rate, dither=False: _move(held, before, along, rate, dither, ranks)
     finally:
         for own, values in zip(held, before, strict=True):
             own.values.copy_(values)
@@ -87,7 +91,12 @@ def moving(held: list[Held], ranks: Ranks | None) -> Iterator[Move]:
 
 @torch.no_grad()
 def _move(
-    held: list[Held], before: list[torch.Tensor], along: Gradients, rate: torch.Tensor, ranks: Ranks | None
+    held: list[Held],
+    before: list[torch.Tensor],
+    along: Gradients,
+    rate: torch.Tensor,
+    dither: bool,
+    ranks: Ranks | None,
 ) -> torch.Tensor:
     products = torch.zeros(3, dtype=torch.float64, device=rate.device)  # intended.realised, |intended|^2, |realised|^2
     for index, own in enumerate(held):
@@ -99,7 +108,8 @@ def _move(
             torch.addcmul(before[index], part, factor.to(part.dtype), out=own.values)
             continue
         intended = wide(part) * factor
-        own.values.copy_(wide(own.master()).to(part.device) + intended)
+        moved = wide(own.master()).to(part.device) + intended
+        own.values.copy_(dithered(moved, own.start) if dither else moved)
         realised = wide(own.values) - wide(before[index])
         found = torch.stack([intended @ realised, intended @ intended, realised @ realised])
         products += found.double().to(products.device)
@@ -107,6 +117,18 @@ def _move(
         ranks.sum(products)
     length = products[1].sqrt() * products[2].sqrt()
     return torch.where(length > 0, products[0] / length.clamp(min=1e-300), torch.ones_like(length)).float()
+
+
+def dithered(values: torch.Tensor, start: int) -> torch.Tensor:
+    """(n,) float32 to bfloat16: up where the share of the way to the next number exceeds a threshold, down elsewhere.
+
+    Thresholds are a fixed sequence, evenly spread over [0, 1), of an element's place `start` + i in its parameter, so
+    that every rank which holds an element rounds it alike, and a run that goes on from a checkpoint as well.
+    """
+    places = torch.arange(start, start + values.numel(), dtype=torch.int32, device=values.device)
+    thresholds = ((places * GOLDEN >> 16) & 0xFFFF).float() / 0x10000
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp(torch.floor(mantissa * 256 + thresholds), exponent - 8).bfloat16()  # of 8 bits
 
 
 def parameter_norm(held: list[Held], ranks: Ranks | None, device: torch.device) -> torch.Tensor:
