@@ -19,7 +19,6 @@ pictures of a rank lie on its device as float32. It passes 1 where many GPUs nee
 
 import argparse
 import csv
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +39,7 @@ from vlscale.train.memory_plan import traffic  # noqa: E402
 from vlscale.train.memory_plan_facts import Run, gather_facts  # noqa: E402
 
 MARK = "model, not measured"
+ASSUMED = ("device", "losses", "network")  # sections of the table that numbers come from
 TRACED = 8  # pairs; towers cost the same for every pair
 SMALLEST = 32  # pairs of a chunk, below which a job counts as one that does not fit
 
@@ -60,6 +60,23 @@ class Step:
     pairs_per_second: float
     efficiency: float
     basis: str = MARK
+
+
+def load(path: Path) -> dict:
+    """The table of assumptions, every entry of which is a value and where it comes from."""
+    assumed = yaml.safe_load(path.read_text())
+    for section, name, entry in entries(assumed):
+        if not isinstance(entry, dict) or entry.keys() != {"value", "from"} or not isinstance(entry["from"], str):
+            raise ValueError(
+                f"{path.name}: {section}.{name}: expected {{value: ..., from: words}} and nothing else, got {entry}; "
+                "words that hold a comma need quotes"
+            )
+    return assumed
+
+
+def entries(assumed: dict) -> list[tuple[str, str, dict]]:
+    """(section, name, entry) of all that is assumed."""
+    return [(section, name, entry) for section in ASSUMED for name, entry in assumed[section].items()]
 
 
 def trace(name: str, assumed: dict) -> Run:
@@ -89,7 +106,7 @@ def predict(name: str, traced: Run, batch: int, gpus: int, assumed: dict) -> Ste
         return None
     towers, backward = _towers(run, chunk, device)
     width = run.config.model.embed_dim
-    rate = device["product_tflops"]["value"] * 1e12 * assumed["losses"]["contrastive"][width]
+    rate = device["product_tflops"]["value"] * 1e12 * assumed["losses"]["contrastive"]["value"][width]
     loss = 8 * batch**2 * width / gpus / rate
     bytes_in = traffic(run)
     exchange = _transfer(bytes_in.get("losses", 0), gpus, device, network)
@@ -141,7 +158,7 @@ def _towers(run: Run, chunk: int, device: dict) -> tuple[float, float]:
 def _transfer(count: float, gpus: int, device: dict, network: dict) -> float:
     if gpus == 1 or not count:
         return 0.0
-    inside = gpus <= device["gpus_per_node"]
+    inside = gpus <= device["gpus_per_node"]["value"]
     bandwidth = network["inside_node_gbytes" if inside else "between_nodes_gbytes"]["value"] * 1e9
     return network["latency_us"]["value"] * 1e-6 * math.ceil(math.log2(gpus)) + count / bandwidth
 
@@ -169,6 +186,15 @@ def table(steps: list[Step]) -> str:
         cells = [s.model, f"{s.batch:,}", f"{s.gpus:,}", f"{s.pairs_a_gpu:,}", f"{s.chunk:,}", s.comm]
         cells += [f"{1e3 * part:,.1f}" for part in parts] + [f"{s.pairs_per_second:,.0f}", f"{s.efficiency:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_of_assumptions(assumed: dict) -> str:
+    lines = ["| assumption | value | from |", "| --- | ---: | --- |"]
+    for section, name, entry in entries(assumed):
+        value = entry["value"]
+        shown = ", ".join(f"{key}: {each:g}" for key, each in value.items()) if isinstance(value, dict) else value
+        lines.append(f"| {section}.{name} | {shown} | {entry['from']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -203,15 +229,13 @@ def write(steps: list[Step], assumptions: Path, folder: Path) -> Path:
         rows.writeheader()
         rows.writerows(asdict(step) for step in steps)
     plot(steps, stem.with_suffix(".png"))
-    assumed = yaml.safe_load(assumptions.read_text())
-    kept = {key: assumed[key] for key in ("device", "losses", "network")}
     stem.with_suffix(".md").write_text(
         f"# Scaling: {MARK}\n\n{provenance('python benchmarks/scaling_model.py')} No GPU took part. Towers' operations "
         "and memory are traced, the rest follows from the assumptions below, which nobody has measured here; the loss "
         "runs at target rates. Jobs that do not fit are left out.\n\n"
         f"![{MARK}]({stem.name}.png)\n\n{table(steps)}\n## Assumptions ({MARK})\n\n"
         f"`benchmarks/{assumptions.name}`; change it and run the script again.\n\n"
-        f"```json\n{json.dumps(kept, indent=1)}\n```\n"
+        f"{table_of_assumptions(load(assumptions))}"
     )
     return stem.with_suffix(".md")
 
@@ -221,7 +245,7 @@ def main() -> None:
     parser.add_argument("--assumptions", type=Path, default=ROOT / "benchmarks" / "scaling_assumptions.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
-    steps = sweep(yaml.safe_load(arguments.assumptions.read_text()))
+    steps = sweep(load(arguments.assumptions))
     print(f"{MARK}: {write(steps, arguments.assumptions, arguments.out)}")
 
 

@@ -1,24 +1,20 @@
 """The plan of a run: its one model held to measured peaks, its counts to formulas, and what the command prints."""
 
 import gc
-import itertools
 import json
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from benchmarks import scaling_model
 from vlscale.cli import app
 from vlscale.config import PlannedRun, load_plan, parse_overrides, validate
 from vlscale.data.images import ImageSpec, normalise
@@ -38,7 +34,6 @@ from vlscale.train.memory_plan import RunPlan, plan_run
 from vlscale.train.step import StepParts
 from vlscale.train.steps import STEPS
 
-ROOT = Path(__file__).resolve().parents[2]
 TOWER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
 PAIRS, SIDE, LENGTH = 64, 32, 16
 BERT = {"model_type": "bert", "vocab_size": 500, "max_position_embeddings": LENGTH + 2}  # as a run fits it
@@ -392,39 +387,6 @@ def test_training_asks_for_a_folder_and_takes_no_world_size(tiny_config):
     for arguments, said in (([], "--out is not given"), (["--world-size", "2"], "belong to --plan")):
         failed = CliRunner().invoke(app, ["train", str(tiny_config), *arguments]).exception
         assert isinstance(failed, ValueError) and said in str(failed)
-
-
-@pytest.fixture(scope="module")
-def assumed() -> dict:
-    """The table of benchmarks/scaling_model.py with one small model in it."""
-    table = yaml.safe_load((ROOT / "benchmarks" / "scaling_assumptions.yaml").read_text())
-    small = {"embed_dim": 64, "vision": {"config": TOWER | {"model_type": "vit", "image_size": 224, "patch_size": 32}}}
-    small["text"] = {"max_length": 16, "vocab_size": 500, "config": TOWER | {"model_type": "bert"}}
-    table["losses"]["contrastive"][64] = 0.5
-    return table | {"models": {"small": small}}
-
-
-def test_the_scaling_model_says_that_it_is_one(assumed, tmp_path):
-    """More GPUs are never slower at these sizes, times add up, and every file is marked."""
-    steps = scaling_model.sweep(assumed)
-    for batch in assumed["sweep"]["batches"]:
-        own = [step for step in steps if step.batch == batch]
-        assert own[0].efficiency == 1 and [step.gpus for step in own] == sorted(step.gpus for step in own)
-        assert all(step.seconds == step.towers_s + step.loss_s + step.exchange_s + step.gradients_s for step in own)
-        for before, after in itertools.pairwise(own):
-            assert after.towers_s < before.towers_s and after.loss_s < before.loss_s
-    loss = next(step for step in steps if (step.batch, step.gpus) == (32768, 8)).loss_s
-    assert loss == pytest.approx(8 * 32768**2 * 64 / 8 / (790e12 * 0.5))
-    page = scaling_model.write(steps, ROOT / "benchmarks" / "scaling_assumptions.yaml", tmp_path)
-    assert page.read_text().count(scaling_model.MARK) >= 3 and page.with_suffix(".png").stat().st_size > 10_000
-    rows = page.with_suffix(".csv").read_text().splitlines()
-    assert len(rows) == len(steps) + 1 and all(row.endswith(f'"{scaling_model.MARK}"') for row in rows[1:])
-
-
-def test_a_batch_that_fits_on_no_few_gpus_begins_where_it_fits(assumed):
-    tight = assumed | {"device": assumed["device"] | {"memory_gb": {"value": 4}}}
-    own = [step for step in scaling_model.sweep(tight) if step.batch == 32768]
-    assert own[0].gpus > 1 and own[0].efficiency == 1
 
 
 def test_a_pretrained_tower_is_planned_from_its_config_alone(tmp_path):
