@@ -26,7 +26,7 @@ from vlscale.train.deepspeed_json import json_for_deepspeed, refusals_named
 from vlscale.train.elastic import load_full, save_full
 from vlscale.train.gradients import Gradients, Held, Move, moving, parameter_norm
 from vlscale.train.optimizer import build_optimizer, set_rates
-from vlscale.train.rendezvous import join
+from vlscale.train.rendezvous import groups_within, join
 
 TAG = "engine"  # folder of DeepSpeed's files inside one of our checkpoints
 
@@ -66,7 +66,8 @@ class Engine:
         self._optimizer = build_optimizer(model, config.optim)
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         made = json_for_deepspeed(config, ranks.size, learned)
-        with refusals_named(config):
+        ranks.barrier()  # notices at once which rank is gone by now
+        with refusals_named(config), groups_within(config.engine.timeout_seconds):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=made)
         self._losses, self._taken = config.train.accumulate_losses, 0  # of an update, and of the one being made
         self._sharded = config.engine.zero_stage > 0 or config.engine.dtype == "bf16"
