@@ -14,6 +14,8 @@ SOON = 25  # seconds from there to the end of the rank that is left, which a sig
 LOST = """
 import importlib, os, signal, time
 import psutil
+from vlscale.train import last_words
+last_words.WAIT = 1.0
 owner = importlib.import_module({module!r})
 real = getattr(owner, {name!r})
 def lost(*given, **named):
@@ -29,11 +31,11 @@ setattr(owner, {name!r}, lost)
 """
 INSIDE, BEFORE = ("deepspeed", "initialize"), ("vlscale.train.engine", "build_optimizer")
 CASES = {  # where rank 1 is lost, how, the timeout, and its end
-    "killed inside": (INSIDE, "killed", 5, -9),
-    "asleep inside": (INSIDE, "asleep", 5, 3),
+    "killed inside": (INSIDE, "killed", 8, -9),
+    "asleep inside": (INSIDE, "asleep", 8, 3),
     "killed before": (BEFORE, "killed", 600, -9),  # whose connections have broken: nobody waits that long
 }
-NAMED = {"killed": "is gone (no sign of it for 5 s)", "asleep": "gives no sign (for 5 s)"}
+NAMED = {"killed": "is gone (no sign of it for 1 s)", "asleep": "gives no sign (for 1 s)"}
 
 
 @pytest.fixture(scope="module")
