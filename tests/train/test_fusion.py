@@ -109,10 +109,26 @@ def test_a_meta_steps_gradient_is_autograds(tiny_config, tmp_path, mode):
     assert error <= (1e-6 if mode == "finite_difference" else 1e-8)
 
 
-def test_heads_moves_nothing_that_relations_of_fused_pairs_see(tiny_config):
-    rvlr = ["objective.name=rvlr", "meta.mode=heads", "teacher.source=frozen_copy"]
-    modes = [load_plan(tiny_config, [*rvlr, *more])[0].config.meta_mode for more in ([], FUSED)]
-    assert modes == ["heads", "joint"]
+@pytest.mark.parametrize(
+    ("mode", "more", "trains"),
+    [
+        ("heads", [], "heads"),
+        ("heads", FUSED, "joint"),
+        ("first_order", FUSED, "first_order"),
+        ("joint", FUSED, "joint"),
+    ],
+)
+def test_heads_moves_nothing_that_relations_of_fused_pairs_see_and_the_run_says_so(
+    tiny_config, tmp_path, caplog, mode, more, trains
+):
+    (run,) = load_plan(tiny_config, ["objective.name=rvlr", "teacher.source=frozen_copy", *more, f"meta.mode={mode}"])
+    assert run.config.meta_mode == trains
+    build_parts(run.config, tmp_path / "none", Ranks())
+    said = [line for line in caplog.messages if "trains as joint" in line]
+    assert len(said) == (mode != trains)
+    for line in said:
+        assert line.startswith("meta.mode=heads trains as joint: it shifts the projections") and "\n" not in line
+        assert line.endswith("set meta.mode=first_order for a meta step, or joint")
 
 
 def test_its_plan_counts_the_layers_that_moved_and_their_cross_attention(tiny_config):

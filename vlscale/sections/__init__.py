@@ -144,10 +144,24 @@ class Config(Section):
 
     @property
     def meta_mode(self) -> str:
-        """`meta.mode`, or joint where relations or consistency have no weight: there is then nothing to look at after a
-        shift, or nothing to shift by. `heads` moves the projections, which RVLR's relations of fused pairs do not
-        see."""
+        """`meta.mode`, or joint where a meta step would have nothing to do."""
+        return "joint" if self.why_joint else self.meta.mode
+
+    @property
+    def why_joint(self) -> str | None:
+        """Why a run that asks for a meta step is made of joint steps; None where it is not, and where it asks for
+        none."""
         o, fusion = self.objective, self.model.fusion is not None
-        unseen = self.meta.mode == "heads" and fusion and o.name == "rvlr"
-        moved_by = o.contrasts or (fusion and self.meta.mode != "heads" and (o.matching_weight or o.mlm_weight))
-        return self.meta.mode if o.distils and moved_by and not unseen else "joint"
+        heads = self.meta.mode == "heads"
+        if self.meta.mode == "joint":
+            return None
+        if not o.distils:
+            return "no relation has a weight, so there is nothing to look at after a shift; set meta.mode=joint"
+        if not (o.contrasts or (fusion and not heads and (o.matching_weight or o.mlm_weight))):
+            return "consistency has no weight to shift by; set objective.contrastive_weight=1, or meta.mode=joint"
+        if heads and fusion and o.name == "rvlr":
+            return (
+                "it shifts the projections, and with model.fusion RVLR's relations are those of fused pairs, which no "
+                "projection reaches; set meta.mode=first_order for a meta step, or joint"
+            )
+        return None

@@ -242,6 +242,8 @@ def build_parts(config: Config, folder: Path, ranks: Ranks, manifest: Manifest |
         get_logger().info("no objective has a weight that looks at the fusion encoder: it stays as it is")
     for what in gathered_anyway(config) if ranks.size > 1 else ():
         get_logger().info("engine.comm=%s: %s, whose embeddings are gathered all the same", config.engine.comm, what)
+    if config.why_joint:
+        get_logger().warning("meta.mode=%s trains as joint: %s", config.meta.mode, config.why_joint)
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     stamp = _same_teachers(config, header or teachers, spec, folder, ranks)
     if teachers is not None:
