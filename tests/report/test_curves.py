@@ -65,7 +65,7 @@ def test_what_real_runs_record_of_relations_and_of_the_loss_is_drawn_by_its_titl
     recorded = []
     for run, own in (
         (runs[0], [*fused, "objective.name=covlr", "objective.mlm_weight=0.5", "meta.mode=first_order"]),
-        (runs[1], ["objective.name=rvlr"]),
+        (runs[1], [*fused, "objective.name=rvlr"]),
     ):
         train_plan(load_plan(tiny_config, [*common, *own]), tmp_path / run.name, resume=False)
         recorded.append(dataclasses.replace(run, metrics=load_metrics(tmp_path / run.name)))

@@ -110,14 +110,15 @@ def _rvlr_relations(
         if objective.cross_modal_relation:
             distances.append(mixture.cross_modal_distance(rows.image, rows.text))
         loss = sum(distances) / len(distances)
-        return loss, {"kd": loss.detach(), "mixture_text": rows.text_share.detach()}
+        return loss, {"kd": loss.detach()}
 
     terms = [
         (objective.kd_weight, kd),
         (objective.kd_image_weight, lambda: to_mixture(rows.teacher_image, "kd_image")),
         (objective.kd_text_weight, lambda: to_mixture(rows.teacher_text, "kd_text")),
     ]
-    return _weighted_sum(terms, rows)
+    loss, metrics = _weighted_sum(terms, rows)
+    return loss, metrics | ({"mixture_text": rows.text_share.detach()} if objective.distils else {})
 
 
 def _weighted_sum(terms: list[Term], rows: Embedded) -> tuple[torch.Tensor, Metrics]:

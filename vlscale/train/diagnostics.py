@@ -3,15 +3,20 @@
 The probe is the first global batch of the run's stream, the same after a resume and at any number of ranks; what
 compares all rows with all looks at its first PROBE. Towers are in evaluation mode, and nothing is learned from it.
 
-    probe_gradient_cosine           of consistency's and relations' gradients to the embeddings: below 0 they conflict;
-                                    not there where relations are those of fused pairs
+    probe_gradient_cosine           of consistency's and relations' gradients: below 0 they conflict. To the embeddings;
+                                    where relations are those of fused pairs, which embeddings do not reach, to the
+                                    learned parameters of towers and fusion encoder
     probe_modality_gap              distance of the mean image embedding from the mean text embedding
     probe_entropy_image             entropy of the student's relations, row by row, over its maximum; 1: all alike
     probe_teacher_entropy_image     the teacher's
     probe_rank_correlation_image    Spearman, of the student's with the teacher's relations
     probe_relation_change_image     mean |difference| of the student's and the teacher's cosines
     probe_image_strength            share of the text's change in both changes: above 1/2, text gives way to the image
-and likewise `_text`.
+and likewise `_text`. With RVLR and a fusion encoder also `_fused`, of the pairs' fused [CLS]; their teacher is then the
+mixture E = w T_text + (1 - w) T_image that kd holds them to, while `_image` and `_text` remain those of the embeddings.
+
+The gradients to parameters cost two forwards and backwards, and two copies of these parameters on each rank at every
+ZeRO stage; all else is one forward.
 
 Legend: W ranks, b pairs of this rank, n probe rows.
 """
@@ -26,9 +31,11 @@ from vlscale.distributed import Ranks
 from vlscale.evaluate.spearman import spearman
 from vlscale.objectives.total import Embedded, consistency_loss, relations_loss
 from vlscale.sections import ObjectiveConfig
+from vlscale.train.gradients import Gradients
 from vlscale.train.step import StepParts, embed
 
 PROBE = 512
+SHARED = ("vision_model.", "text_model.", "fusion.body.", "fusion.text_projection.", "fusion.vision_projection.")
 
 
 class Diagnostics:
@@ -43,16 +50,21 @@ class Diagnostics:
     def run(self) -> dict[str, float]:
         """On all ranks together; the model is left in training mode."""
         parts, module = self.parts, self.parts.engine.module
+        at, objective = parts.at(0, 0), parts.objective
         module.eval()
         with torch.no_grad():
-            rows = embed(parts.engine.plain, parts.at(0, 0), self.probe)
+            rows = embed(parts.engine.plain, at, self.probe)
             teachers = parts.inputs.teacher_rows(self.probe)  # both, also one that training does not look at
+        fused = objective.name == "rvlr" and rows.fused is not None
+        values = {}
+        if objective.distils:
+            values["gradient_cosine"] = parameter_cosine(at, self.probe) if fused else gradient_cosine(rows, parts)
         module.train()
-        of_embeddings = parts.objective.distils and not (parts.objective.name == "rvlr" and rows.fused is not None)
-        values = {"gradient_cosine": gradient_cosine(rows, parts)} if of_embeddings else {}
         students = [first_rows(own, PROBE, parts.ranks) for own in (rows.image, rows.text)]
         teachers = [own if own is None else first_rows(own, PROBE, parts.ranks) for own in teachers]
-        values |= relation_facts(*students, *teachers, parts.objective)
+        values |= relation_facts(*students, *teachers, objective)
+        if fused and None not in (rows.text_share, *teachers):
+            values |= fused_facts(first_rows(rows.fused, PROBE, parts.ranks), *teachers, rows.text_share, objective)
         return {f"probe_{name}": value for name, value in values.items()}
 
 
@@ -71,6 +83,28 @@ def gradient_cosine(rows: Embedded, parts: StepParts) -> float:
     return float(products[0] / length) if length > 0 else 0.0
 
 
+def parameter_cosine(parts: StepParts, batch: Batch) -> float:
+    """Of the global batch's gradients to the learned parameters of SHARED, averaged over ranks; 0 where one of them
+    vanishes, or where none of these parameters learns."""
+    named = parts.engine.module.named_parameters()
+    learned = [parameter for name, parameter in named if parameter.requires_grad and name.startswith(SHARED)]
+    if not learned:
+        return 0.0
+    gradients = []
+    for part in (consistency_loss, relations_loss):
+        rows = embed(parts.engine.plain, parts, batch)
+        loss, _ = part(rows, parts.objective, parts.ranks, parts.comm)
+        outputs = (rows.image, rows.text, rows.fused, rows.matching, rows.masked)
+        loss = loss + sum(0 * own.sum() for own in outputs if own is not None)  # a part may look at one of them alone
+        gradients.append(Gradients.of(loss, learned, parts.ranks))
+    first, second = gradients
+    length, other = float(first.norm()), float(second.norm())
+    if not length * other > 0:
+        return 0.0
+    both = float(first.add_(second, length / other).norm())  # |u + v|^2 = 2 + 2 cos for unit vectors
+    return (both / length) ** 2 / 2 - 1
+
+
 def relation_facts(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -82,16 +116,36 @@ def relation_facts(
     values = {"modality_gap": float((image.mean(0) - text.mean(0)).norm())}
     changes = {}
     for name, student, teacher in (("image", image, teacher_image), ("text", text, teacher_text)):
-        relations = _relations(student)
-        values[f"entropy_{name}"] = _entropy(relations / objective.student_temperature)
-        if teacher is None:
-            continue
-        target = _relations(teacher)
-        values[f"teacher_entropy_{name}"] = _entropy(target / objective.teacher_temperature)
-        values[f"rank_correlation_{name}"] = _rank_correlation(relations, target)
-        changes[name] = values[f"relation_change_{name}"] = float((relations - target).abs().mean())
+        values |= _held(name, _relations(student), None if teacher is None else _relations(teacher), objective)
+        if teacher is not None:
+            changes[name] = values[f"relation_change_{name}"]
     if changes and sum(changes.values()) > 0:
         values["image_strength"] = changes["text"] / sum(changes.values())
+    return values
+
+
+def fused_facts(
+    fused: torch.Tensor,
+    teacher_image: torch.Tensor,
+    teacher_text: torch.Tensor,
+    text_share: torch.Tensor,
+    objective: ObjectiveConfig,
+) -> dict[str, float]:
+    """All (n, D) unit rows of the same samples, and w (): the relation numbers of fused pairs and of the mixture."""
+    w = float(text_share)
+    mixture = w * _relations(teacher_text) + (1 - w) * _relations(teacher_image)
+    return _held("fused", _relations(fused), mixture, objective)
+
+
+def _held(
+    name: str, relations: torch.Tensor, target: torch.Tensor | None, objective: ObjectiveConfig
+) -> dict[str, float]:
+    """A student's relations (n, n - 1), and where they are held to a target, how near they are to it."""
+    values = {f"entropy_{name}": _entropy(relations / objective.student_temperature)}
+    if target is not None:
+        values[f"teacher_entropy_{name}"] = _entropy(target / objective.teacher_temperature)
+        values[f"rank_correlation_{name}"] = _rank_correlation(relations, target)
+        values[f"relation_change_{name}"] = float((relations - target).abs().mean())
     return values
 
 
