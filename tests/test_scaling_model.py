@@ -81,3 +81,52 @@ def test_an_entry_that_is_not_a_value_and_its_source_is_refused(tmp_path, entry)
     ) as no:
         scaling_model.load(path)
     assert "\n" not in str(no.value)
+
+
+def with_values(assumed: dict, **values: float) -> dict:
+    """The table with other numbers."""
+    changed = {section: dict(assumed[section]) for section in ("device", "network")}
+    for name, value in values.items():
+        (section,) = (section for section in changed if name in changed[section])
+        changed[section][name] = {"value": value, "from": "a test"}
+    return assumed | changed
+
+
+def test_a_ring_by_hand():
+    """Four ranks, of which each hop takes 5 or 1: tiles of 2 a block hide under the columns, tiles of 100 hide all but
+    the sums that come home. Half a ring visits 1/2, 1 and 1/2 of a block and hops twice."""
+    assert scaling_model.sweep_seconds("ring", 4, 4 * 2, 5, 1) == 5 + 6 + 6 + 2 + 1
+    assert scaling_model.sweep_seconds("ring", 4, 4 * 100, 5, 1) == 400 + 1
+    assert scaling_model.sweep_seconds("half_ring", 4, 2 * 2, 5, 1) == 5 + 5 + 1 + 1
+    assert scaling_model.sweep_seconds("half_ring", 5, 2.5 * 2, 5, 1) == 5 + 5 + 2 + 1
+    assert scaling_model.sweep_seconds("half_ring", 4, 2 * 100, 5, 1) == 200 + 1
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 4096])
+def test_a_ring_pays_a_latency_for_every_hop_and_the_bytes_of_the_plan(assumed, gpus):
+    """With products that take no time and a wire of any width: W - 1 hops of columns and W of sums in each of two
+    sweeps, and the ids by a tree. Without latency: what `loss_traffic` counts."""
+    traced = scaling_model.trace("small", assumed)
+    at_once = {"product_tflops": 1e15, "memory_gb": 1e6}
+    wide = {"inside_node_gbytes": 1e15, "between_nodes_gbytes": 1e15}
+    batch, hops = 2**24, 2 * (2 * gpus - 1) + gpus.bit_length() - 1
+    step = scaling_model.predict("small", traced, batch, gpus, with_values(assumed, **at_once, **wide, latency_us=12))
+    assert step.comm == "ring" and step.exchange_s == pytest.approx(12e-6 * hops, rel=1e-3)
+    step = scaling_model.predict("small", traced, batch, gpus, with_values(assumed, **at_once, latency_us=0))
+    count = scaling_model.traffic(scaling_model.at_scale(traced, batch, gpus))["losses"]
+    assert step.exchange_s == pytest.approx(count / (340e9 if gpus == 8 else 40e9), rel=0.01)
+
+
+def test_efficiency_compares_equal_work(assumed):
+    """Two GPUs hold all their pairs, one computes by chunks and so every forward twice: that is no gain of two."""
+    steps = scaling_model.sweep(with_values(assumed, memory_gb=30))
+    assert max(step.as_run for step in steps) > 1.2  # or nothing is shown here
+    assert all(0 < step.efficiency <= 1 + 1e-9 for step in steps)
+    assert all(step.efficiency <= step.as_run + 1e-9 for step in steps)
+    once = [step for step in steps if step.batch == 32768 and step.chunk == step.pairs_a_gpu]
+    twice = [step for step in steps if step.batch == 32768 and step.chunk < step.pairs_a_gpu]
+    assert once and twice and once[0].efficiency > 0.9 and twice[-1].efficiency > 0.9
+
+
+def test_the_sweep_has_every_power_of_two_to_4096(assumed):
+    assert assumed["sweep"]["gpus"] == [2**k for k in range(13)]
