@@ -139,14 +139,18 @@ def predict(name: str, traced: Run, batch: int, gpus: int, assumed: dict, like: 
 
 
 def _chunk(run: Run, device: dict) -> int:
-    """The largest power of two of pairs whose activations fit beside weights, states and pictures; all if they do."""
+    """The largest power of two of pairs whose activations fit beside weights, states and inputs; all if they do."""
     saved = sum(tower.saved for tower in run.towers.values()) / TRACED
     states = (run.parameters + run.learned) * run.size + 12 * run.learned / run.sharded
-    pictures = run.local * 3 * run.side**2 * 5
-    free = device["memory_gb"]["value"] * 1e9 * device["memory_use"]["value"] - states - pictures
+    free = device["memory_gb"]["value"] * 1e9 * device["memory_use"]["value"] - states - inputs(run)
     if run.local * saved <= free:
         return run.local
     return 2 ** int(math.log2(free / saved)) if free > saved else 0
+
+
+def inputs(run: Run) -> int:
+    """Bytes of a rank's pictures, uint8 until a tower takes them, and captions."""
+    return run.local * (3 * run.side**2 + 2 * 8 * run.config.model.text.max_length)
 
 
 def _towers(run: Run, chunk: int, twice: bool, device: dict) -> tuple[float, float]:

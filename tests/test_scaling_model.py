@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from benchmarks import scaling_model
+from vlscale.config import PlannedRun
+from vlscale.train.memory_plan import plan_run
 
 ASSUMPTIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "scaling_assumptions.yaml"
 TOWER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
@@ -51,6 +53,13 @@ def test_a_batch_that_fits_on_no_few_gpus_begins_where_it_fits(assumed):
     tight = assumed | {"device": assumed["device"] | {"memory_gb": {"value": 4}}}
     own = [step for step in scaling_model.sweep(tight) if step.batch == 32768]
     assert own[0].gpus > 1 and own[0].efficiency == 1
+
+
+def test_inputs_are_as_large_as_the_plan_says(assumed):
+    """Pictures wait as bytes: a tower makes floats of them a chunk at a time."""
+    traced = scaling_model.trace("small", assumed)
+    plan = plan_run(PlannedRun("", traced.config), [PlannedRun("", traced.config)], 1)
+    assert scaling_model.inputs(traced) == plan.memory["inputs"]
 
 
 def test_the_page_names_every_assumption_with_its_source(page):
