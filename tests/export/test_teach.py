@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -21,8 +22,8 @@ from vlscale.data.tokens import train_tokenizer
 from vlscale.export.teach import TeachRequest, open_job
 from vlscale.models.dual_encoder import build_dual_encoder
 from vlscale.models.hf_folder import new_image_processor, save_folder
-from vlscale.models.teachers import check_not_constant
-from vlscale.sections import DataConfig, ModelConfig
+from vlscale.models.teachers import check_not_constant, judge
+from vlscale.sections import DataConfig, ModelConfig, ObjectiveConfig
 from vlscale.train.frozen_teachers import load_image_teacher, load_text_teacher
 from vlscale.train.plan import train_plan
 
@@ -204,13 +205,52 @@ def test_a_constant_teacher_is_refused_and_leaves_nothing(corpus, teacher, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_spread_of_relations_tells_a_teacher_from_a_constant():
-    rows = torch.nn.functional.normalize(torch.randn(16, 8, generator=torch.manual_seed(0)), dim=1)
-    check_not_constant(rows, "teacher")
-    check_not_constant(rows[:1].expand(7, -1), "teacher")  # too few to judge
+def test_a_teacher_is_judged_by_the_entropy_of_its_relations():
+    rows, objective = torch.nn.functional.normalize(torch.randn(16, 8, generator=torch.manual_seed(0)), dim=1), of()
+    assert not check_not_constant(rows, "teacher", objective).weak
+    assert check_not_constant(rows[:1].expand(7, -1), "teacher", objective) is None  # too few to judge
     for constant in (rows[:1].expand(8, -1), rows[:1].expand(8, -1).bfloat16(), torch.eye(8), rows * torch.nan):
         with pytest.raises(ValueError, match=r"teacher is constant: all relations among (8|16) samples"):
-            check_not_constant(constant, "teacher")
+            check_not_constant(constant, "teacher", objective)
+
+
+def of(**objective) -> ObjectiveConfig:
+    return ObjectiveConfig(name="covlr", **objective)
+
+
+def near(spread: float) -> torch.Tensor:
+    """(16, 17) rows whose cosines are 1 / (1 + spread), of two of them 1: their largest difference is `spread`."""
+    rows = torch.cat([torch.ones(16, 1), spread**0.5 * torch.eye(16)], 1).double()
+    rows[1] = rows[0]
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def test_relations_of_nearly_maximal_entropy_are_refused_and_weak_ones_told():
+    """By hand: in 2 rows of 16 one relation of 15 is larger than the others, which are alike."""
+
+    def lack(spread: float, temperature: float) -> float:
+        weights = [math.exp((1 - 1 / (1 + spread)) / temperature)] + [1.0] * 14
+        shares = [weight / sum(weights) for weight in weights]
+        return (1 + sum(share * math.log(share) for share in shares) / math.log(15)) * 2 / 16
+
+    with pytest.raises(ValueError, match=r"entropy at temperature 0\.1 is 0\.99999999\d\d of its maximum"):
+        check_not_constant(near(1.4e-4), "teacher", of())
+    for spread, temperature, weak in ((0.01, 0.1, True), (0.01, 0.01, False), (0.0014, 0.01, True)):
+        found = check_not_constant(near(spread), "teacher", of(teacher_temperature=temperature))
+        assert found.lack == pytest.approx(lack(spread, temperature), rel=1e-6) and found.weak == weak
+        assert found.most - found.least == pytest.approx(spread, rel=0.02)
+
+
+def test_relations_are_judged_as_the_objective_looks_at_them():
+    """RVLR by mae has one temperature, the student's; distances tell near rows apart by the root of what cosines do."""
+    with pytest.raises(ValueError, match=r"at temperature 5 "):
+        check_not_constant(near(0.01), "teacher", ObjectiveConfig(name="rvlr", student_temperature=5.0))
+    kl = ObjectiveConfig(name="rvlr", student_temperature=5.0, relation_distance="kl")
+    assert check_not_constant(near(0.01), "teacher", kl).temperature == 0.1
+    lacks = [judge(near(0.01), of(relation=kind)).lack for kind in ("cosine", "euclidean")]
+    assert lacks[1] > 50 * lacks[0]
+    with pytest.raises(ValueError, match="is constant"):
+        check_not_constant(near(0.0), "teacher", of(relation="euclidean"))
 
 
 def test_pictures_that_cannot_be_read_are_left_out_and_told(corpus, teacher, tmp_path, caplog):

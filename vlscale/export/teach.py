@@ -33,8 +33,8 @@ from vlscale.data.teacher_cache import (
     write_shard_file,
 )
 from vlscale.logging import get_logger, without_secrets
-from vlscale.models.teachers import LEAST_ROWS, WEAK_SPREAD, check_not_constant, relation_range
-from vlscale.sections import DataConfig
+from vlscale.models.teachers import check_not_constant
+from vlscale.sections import DataConfig, ObjectiveConfig
 from vlscale.train.frozen_teachers import ImageTeacher, TextTeacher, load_image_teacher, load_text_teacher
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -188,14 +188,10 @@ class TeachJob:
             f"text teacher {self.request.text}": torch.from_numpy(rows.text[list(places.values())]),
         }
         for what, embeddings in judged.items():
-            check_not_constant(embeddings, what)
-            if len(embeddings) >= LEAST_ROWS and what not in self.weak:
-                least, most = relation_range(embeddings)
-                if most - least < WEAK_SPREAD:
-                    self.weak.add(what)
-                    get_logger().warning(
-                        "%s: all relations lie between %.5f and %.5f: it hardly tells samples apart", what, least, most
-                    )
+            found = check_not_constant(embeddings, what, ObjectiveConfig())  # a run judges them again, at its own
+            if found is not None and found.weak and what not in self.weak:
+                self.weak.add(what)
+                get_logger().warning("%s hardly tells samples apart: %s", what, found)
 
 
 def open_job(request: TeachRequest) -> TeachJob:

@@ -59,6 +59,20 @@ class ObjectiveConfig(Section):
         return self.image_relation_weight > 0, self.text_relation_weight > 0
 
     @property
+    def temperature_of_teachers(self) -> float:
+        """At which the teachers' relations are looked at."""
+        return self.teacher_temperature if self._softmax else self.student_temperature
+
+    @property
+    def euclidean(self) -> bool:
+        """Whether relations are negative distances, and not cosines."""
+        return self._softmax and self.relation == "euclidean"
+
+    @property
+    def _softmax(self) -> bool:
+        return self.name != "rvlr" or self.relation_distance == "kl"
+
+    @property
     def matching_weight(self) -> float:
         """Where there is a fusion encoder."""
         return 1.0 if self.itm_weight is None else self.itm_weight

@@ -21,7 +21,6 @@ ZeRO stage; all else is one forward.
 Legend: W ranks, b pairs of this rank, n probe rows.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -29,6 +28,7 @@ import torch
 from vlscale.data.batch import Batch
 from vlscale.distributed import Ranks
 from vlscale.evaluate.spearman import spearman
+from vlscale.models.teachers import relation_entropy, relations_of
 from vlscale.objectives.total import Embedded, consistency_loss, relations_loss
 from vlscale.sections import ObjectiveConfig
 from vlscale.train.gradients import Gradients
@@ -116,7 +116,7 @@ def relation_facts(
     values = {"modality_gap": float((image.mean(0) - text.mean(0)).norm())}
     changes = {}
     for name, student, teacher in (("image", image, teacher_image), ("text", text, teacher_text)):
-        values |= _held(name, _relations(student), None if teacher is None else _relations(teacher), objective)
+        values |= _held(name, relations_of(student), None if teacher is None else relations_of(teacher), objective)
         if teacher is not None:
             changes[name] = values[f"relation_change_{name}"]
     if changes and sum(changes.values()) > 0:
@@ -133,36 +133,24 @@ def fused_facts(
 ) -> dict[str, float]:
     """All (n, D) unit rows of the same samples, and w (): the relation numbers of fused pairs and of the mixture."""
     w = float(text_share)
-    mixture = w * _relations(teacher_text) + (1 - w) * _relations(teacher_image)
-    return _held("fused", _relations(fused), mixture, objective)
+    mixture = w * relations_of(teacher_text) + (1 - w) * relations_of(teacher_image)
+    return _held("fused", relations_of(fused), mixture, objective)
 
 
 def _held(
     name: str, relations: torch.Tensor, target: torch.Tensor | None, objective: ObjectiveConfig
 ) -> dict[str, float]:
     """A student's relations (n, n - 1), and where they are held to a target, how near they are to it."""
-    values = {f"entropy_{name}": _entropy(relations / objective.student_temperature)}
+    values = {f"entropy_{name}": relation_entropy(relations / objective.student_temperature)}
     if target is not None:
-        values[f"teacher_entropy_{name}"] = _entropy(target / objective.teacher_temperature)
+        values[f"teacher_entropy_{name}"] = relation_entropy(target / objective.temperature_of_teachers)
         values[f"rank_correlation_{name}"] = _rank_correlation(relations, target)
         values[f"relation_change_{name}"] = float((relations - target).abs().mean())
     return values
 
 
-def _relations(rows: torch.Tensor) -> torch.Tensor:
-    """(n, n - 1) cosines, each row without its own."""
-    cosines = rows @ rows.T
-    n = len(cosines)
-    return cosines[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
-
-
 def _rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
     return spearman(*(values.ravel().double().numpy() for values in (first, second)))
-
-
-def _entropy(logits: torch.Tensor) -> float:
-    logs = logits.log_softmax(1)
-    return float(-(logs.exp() * logs).sum(1).mean()) / max(math.log(logits.shape[1]), 1e-9)
 
 
 def first_rows(rows: torch.Tensor, count: int, ranks: Ranks) -> torch.Tensor:

@@ -28,14 +28,7 @@ from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_f
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer, new_image_processor
 from vlscale.models.masked_head import MaskedHead
 from vlscale.models.teacher_heads import TeacherHeads
-from vlscale.models.teachers import (
-    LEAST_ROWS,
-    WEAK_SPREAD,
-    Teachers,
-    build_teachers,
-    check_not_constant,
-    relation_range,
-)
+from vlscale.models.teachers import Teachers, build_teachers, check_not_constant
 from vlscale.models.towers import check_room, fit_to_tokenizer, image_size
 from vlscale.objectives.masked_language import Words
 from vlscale.sections import Config, ObjectiveConfig, TrainConfig
@@ -143,34 +136,22 @@ def check_teachers(parts: Parts, objective: ObjectiveConfig, batch: Batch, ranks
     rows = dict(zip(("image", "text"), parts.inputs.teacher_rows(batch, objective.teachers_seen), strict=True))
     each = -(-JUDGED_ROWS // ranks.size)
     rows = {name: gather_rows(own[:each].float(), ranks) for name, own in rows.items() if own is not None}
-    fault = None
+    judged, fault = {}, None
     if ranks.first:
         try:
-            for name, own in rows.items():
-                check_not_constant(own, f"teacher.{name}")
+            judged = {name: check_not_constant(own, f"teacher.{name}", objective) for name, own in rows.items()}
         except ValueError as error:
             fault = str(error)
     fault = ranks.from_first(fault)
     if fault is not None:
         raise ValueError(fault)
-    if ranks.first:
-        for name, own in rows.items():
-            _warn_if_weak(name, own, objective)
-
-
-def _warn_if_weak(name: str, rows: torch.Tensor, objective: ObjectiveConfig) -> None:
-    """`rows` (B, D_teacher) of different samples."""
-    covlr = objective.name == "covlr"
-    if len(rows) < LEAST_ROWS:
-        return
-    least, most = relation_range(rows)
-    if most - least < WEAK_SPREAD:
-        leave_out = f", or set objective.relation_weight_{name}=0" if covlr else ""
-        get_logger().warning(
-            "teacher.%s hardly tells samples apart: all relations lie between %.5f and %.5f; give a trained teacher "
-            "with its own preprocessing%s",
-            name, least, most, leave_out,
-        )  # fmt: skip
+    for name, found in judged.items():
+        if found is not None and found.weak:
+            leave_out = f", or set objective.relation_weight_{name}=0" if objective.name == "covlr" else ""
+            get_logger().warning(
+                "teacher.%s hardly tells samples apart: %s; give a trained teacher with its own preprocessing%s",
+                name, found, leave_out,
+            )  # fmt: skip
 
 
 def check_same_data(manifest: Manifest, ranks: Ranks) -> None:
