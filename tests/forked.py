@@ -53,7 +53,8 @@ with socket.socket(socket.AF_UNIX) as server:
 def vlscale_command(folder: Path) -> Iterator[Path]:
     """`folder`, with the command in it, for as long as it is open."""
     address = str(folder / "socket")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", SERVER, address]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout.readline() == "ready\n"

@@ -45,7 +45,9 @@ def start(folder: Path, *arguments: str, launcher: str = "deepspeed", **environm
         "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
     }[launcher]
     command = [sys.executable, "-m", *command, str(free_port()), str(script), *arguments]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment
+    environment = (
+        os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
+    )
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
@@ -155,7 +157,7 @@ def test_when_the_deepspeed_command_is_killed_the_ranks_save_and_end(tiny_config
         "--out",
         str(out),
     ]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "train.max_steps=100000"], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )

@@ -62,7 +62,8 @@ class Group:
 def run_groups(folder: Path, groups: list[Group]) -> list[list[int]]:
     """Exit codes by group and rank; what they said is in `folder`, see `said`."""
     asked = [asdict(group) | {"number": number, "port": free_port()} for number, group in enumerate(groups)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # ranks may be more than GPUs
     command = [sys.executable, "-c", NURSERY, str(folder), json.dumps(asked)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from tests.conftest import ROOT
 from tests.train.launcher import launch
 from tests.train.stand_ins import stand_in
 from vlscale.cli.launcher import free_port
@@ -152,10 +153,18 @@ def test_a_port_that_is_taken_is_said_in_one_line(monkeypatch):
 def test_the_training_benchmark_runs_on_a_cpu(tmp_path):
     """Two runs under the launcher see the same batches: their curves are the same to rounding."""
     command = [sys.executable, "-m", "vlscale", "bench", "training", "--small", "--steps", "2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     (apart,) = re.findall(r"at most (\S+) of the loss apart", done.stdout)
     assert float(apart) < 1e-5
     assert re.search(r"^\| chunked \| [\d,]+ \| [\d.]+ \| [\d.]+ ms \| [\d.]+% \|", done.stdout, flags=re.M)
     refused = subprocess.run([*command[:5], "--ranks", "64"], capture_output=True, text=True)
     assert refused.returncode == 2 and "give fewer ranks, or --small" in refused.stderr
+
+
+def test_processes_on_the_cpu_see_no_gpu():
+    """Else their ranks would meet over NCCL on a machine with GPUs, which may be fewer."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert ('"DS_ACCELERATOR": ' + '"cpu"' in line) <= ("CUDA_VISIBLE_DEVICES" in line), (path, line)

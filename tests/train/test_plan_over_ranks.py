@@ -12,7 +12,9 @@ from vlscale.cli.launcher import free_port
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(on_rank, (2, free_port(), str(folder)), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        multiprocessing.spawn(on_rank, (2, free_port(), str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

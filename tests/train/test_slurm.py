@@ -46,7 +46,8 @@ def cluster(tmp_path) -> dict[str, str]:
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     port = free_port()
-    own = {"CALLS": str(tmp_path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "VLSCALE_RANKS_PER_NODE": "1"}
+    own = {"CALLS": str(tmp_path), "OMP_NUM_THREADS": "1", "VLSCALE_RANKS_PER_NODE": "1"}
+    own |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     own |= {"SLURM_JOB_ID": str(port - 20000 if 20000 <= port < 40000 else port % 20000), "SLURM_JOB_NUM_NODES": "2"}
     own |= {"SLURM_JOB_NODELIST": "node-[01-02]", "SLURM_SUBMIT_DIR": str(launch_folder().parent)}
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
