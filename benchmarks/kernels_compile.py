@@ -173,7 +173,7 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
             constants = {"SHARED": shared, "HAS_IDS": ids}
             work = Work.NARROW if ids else Work.LIGHT if shared else Work.FULL
             yield contrastive.statistics_kernel, variant, work, constants
-            work = Work.FULL if shared and not ids else Work.NARROW
+            work = Work.LIGHT if shared and not ids else Work.NARROW
             yield waves.weights_kernel, variant, work, constants
     for ids in (False, True):
         work = Work.NARROW if ids else Work.FULL
@@ -193,12 +193,14 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
 def relation_kernels() -> Iterator[tuple[object, str, Work, dict]]:
     for count in (1, 2):
         teachers = f"{count} teacher" + "s" * (count > 1)
-        plain = Work.DOUBLE if count == 1 else Work.CROWDED
-        yield match.relation_mae_kernel, teachers, Work.DOUBLE, {"K": count, "GRADIENT": True}
+        several = Work.PARTS if count == 1 else Work.DOUBLE
+        whole = Work.DOUBLE if count == 1 else Work.CROWDED
+        yield match.relation_mae_kernel, teachers, several, {"K": count, "GRADIENT": True}
         for euclidean in (False, True):
+            plain = Work.CROWDED if euclidean and count > 1 else several
             kind = {"K": count, "EUCLIDEAN": euclidean, **({} if euclidean else NO_NORMS)}
             name = teachers + (", euclidean" if euclidean else "")
-            yield kl.relation_maxima_kernel, name, plain, kind
+            yield kl.relation_maxima_kernel, name, whole, kind
             for shared in (True, False):
                 variant = f"{name}, " + ("shared" if shared else "vectors")
                 constants = {**kind, "SHARED": shared}

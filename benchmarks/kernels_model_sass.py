@@ -38,7 +38,6 @@ OVER_TILES = (
     "fused_gradient_kernel",
     "double_statistics_kernel",
     "relation_maxima_kernel",
-    "relation_statistics_kernel",
     "rank_counts_kernel",
     "neighbours_kernel",
 )

@@ -17,36 +17,37 @@ from .chunked_contrastive import Weights
 from .triton_gradient import Centred, SideGradient, add_product
 from .triton_passes import add_parts
 from .triton_tiles import (
+    WIDEN,
     Config,
     Work,
     choose_config,
     exponential,
     product_tile,
     same_pair,
+    side_by_side,
     some_left_out,
     store_weights,
 )
 
+PART = tl.constexpr(32 if WIDEN else 64)  # columns of a tile that are worked on at once; interpreted tiles are smaller
+
 
 @triton.jit
-def weights_tile(
-    x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
+def weights_part(
+    s, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
     row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
-    local_column, row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
-    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
+    local_column, row_start, row_end, column_start, column_end, stride_g, offset,
+    SHARED: tl.constexpr, HAS_IDS: tl.constexpr, NARROW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of G and the sums of its columns; returns each row's <G, S> and sum of G, float32."""
+    """Stores G of the products s and the sums of its columns; returns each row's <G, S> and sum of G, float32."""
+    BLOCK_M: tl.constexpr = s.shape[0]
+    BLOCK_N: tl.constexpr = s.shape[1]
     first_column = column_start + local_column
     first_row = row_start + tl.program_id(0) * BLOCK_M
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < row_end, columns < column_end
     inside = row_ok[:, None] & column_ok[None, :]
     scale = tl.load(scale_ptr)
-    NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    s = product_tile(
-        x_ptr, y_ptr, first_row, first_column, row_end, column_end, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K
-    )
     row_inverse = tl.load(row_inverse_ptr + rows, mask=row_ok, other=0.0)[:, None]
     column_inverse = tl.load(column_inverse_ptr + columns, mask=column_ok, other=0.0)[None, :]
     if SHARED:
@@ -67,12 +68,43 @@ def weights_tile(
         if not WHOLE:
             if some_left_out(first_row, first_column, row_end, column_end, offset, BLOCK_M, BLOCK_N):
                 g = tl.where(inside & ((rows + offset)[:, None] != columns[None, :]), g, 0.0)
-    along, total = scale * tl.sum(g * s, 1), tl.sum(g, 1)
+    along, total = tl.sum(g * s, 1), tl.sum(g, 1)
     column = local_column + tl.arange(0, BLOCK_N)
     by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + column
     tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
-    store_weights(g_ptr, g, tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), column, stride_g, inside)
+    corner = g_ptr + tl.program_id(0).to(tl.int64) * BLOCK_M * stride_g + local_column
+    store_weights(corner, g, tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), stride_g, inside)
     return along, total
+
+
+@triton.jit
+def weights_tile(
+    x_ptr, y_ptr, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
+    row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
+    local_column, row_start, row_end, column_start, column_end, D, stride_x, stride_y, stride_g, offset,
+    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """weights_part of a tile, part after part; each row's <G, S> and sum of G."""
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    WIDTH: tl.constexpr = min(BLOCK_N, PART)
+    products = product_tile(
+        x_ptr, y_ptr, row_start + tl.program_id(0) * BLOCK_M, column_start + local_column, row_end, column_end,
+        D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    parts = side_by_side(products, WIDTH)
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in tl.static_range(BLOCK_N // WIDTH):
+        more_along, more = weights_part(
+            parts[part], scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr, row_miss_ptr,
+            column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
+            local_column + part * WIDTH, row_start, row_end, column_start, column_end, stride_g, offset,
+            SHARED, HAS_IDS, NARROW, WHOLE,
+        )  # fmt: skip
+        along += more_along
+        total += more
+    return tl.load(scale_ptr) * along, total
 
 
 @triton.jit
@@ -139,7 +171,7 @@ class Waves:
         self.x, self.y, self.scale, self.weights, self.flag = x, y, scale, weights, flag
         has_ids = weights.positives.row_ids is not None
         self.tiles = {
-            shared: config or choose_config(x, Work.FULL if shared and not has_ids else Work.NARROW)
+            shared: config or choose_config(x, Work.LIGHT if shared and not has_ids else Work.NARROW)
             for shared in (True, False)
         }
         self.left, self.right = factors

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .chunked_relation import Sweep
 from .triton_relation import Operand, OperandGradient, relation_tile, sizes, waves
-from .triton_tiles import Config, Work, choose_config, store_weights
+from .triton_tiles import Config, Work, choose_config, side_by_side, store_weights
+
+PART = tl.constexpr(32)  # columns of a tile that are worked on at once
 
 
 @triton.jit
@@ -25,9 +27,9 @@ def relation_mae_kernel(
 ):  # fmt: skip
     """One block of H; row_sums (|difference|, sum H, <H, S>; column tiles; rows), column_sums (row tiles, columns)."""
     first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
-    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-    row_ok, column_ok = rows < row_end, columns < column_end
-    inside = row_ok[:, None] & column_ok[None, :]
+    WIDTH: tl.constexpr = min(BLOCK_N, PART)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_ok = rows < row_end
     s = relation_tile(
         x_ptr, xc_ptr, None, None, xw_ptr, x_starts_ptr, first_row, first_column, row_end, column_end, D,
         1, False, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -36,18 +38,33 @@ def relation_mae_kernel(
         z_ptr, zc_ptr, None, None, zw_ptr, z_starts_ptr, first_row, first_column, row_end, column_end, F,
         K, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    difference = tl.where(inside & ((rows + offset)[:, None] != columns[None, :]), s + t, 0.0)
+    s_parts, t_parts = side_by_side(s, WIDTH), side_by_side(t, WIDTH)
+    distance = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    for part in tl.static_range(BLOCK_N // WIDTH):
+        first = first_column + part * WIDTH
+        columns = first + tl.arange(0, WIDTH)
+        column_ok = columns < column_end
+        inside = row_ok[:, None] & column_ok[None, :]
+        s = s_parts[part]
+        difference = tl.where(inside & ((rows + offset)[:, None] != columns[None, :]), s + t_parts[part], 0.0)
+        distance += tl.sum(tl.abs(difference), 1)
+        if GRADIENT:
+            h = tl.where(difference > 0, 2.0, tl.where(difference < 0, -2.0, difference))  # 0 stays 0, NaN stays NaN
+            total += tl.sum(h, 1)
+            along += tl.sum(h * s, 1)
+            by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
+            tl.store(column_sums_ptr + by_column, tl.sum(h, 0), mask=column_ok)
+            corner = h_ptr + tl.cast(first_row - row_start, tl.int64) * stride_h + first - column_start
+            store_weights(corner, h, tl.arange(0, BLOCK_M), tl.arange(0, WIDTH), stride_h, inside)
     height = row_end - row_start
     out = row_sums_ptr + tl.program_id(1).to(tl.int64) * height + rows - row_start
     plane = tl.num_programs(1).to(tl.int64) * height
-    tl.store(out, tl.sum(tl.abs(difference), 1), mask=row_ok)
+    tl.store(out, distance, mask=row_ok)
     if GRADIENT:
-        h = tl.where(difference > 0, 2.0, tl.where(difference < 0, -2.0, difference))  # 0 stays 0, NaN stays NaN
-        store_weights(h_ptr, h, rows - row_start, columns - column_start, stride_h, inside)
-        tl.store(out + plane, tl.sum(h, 1), mask=row_ok)
-        tl.store(out + 2 * plane, tl.sum(h * s, 1), mask=row_ok)
-        by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + columns - column_start
-        tl.store(column_sums_ptr + by_column, tl.sum(h, 0), mask=column_ok)
+        tl.store(out + plane, total, mask=row_ok)
+        tl.store(out + 2 * plane, along, mask=row_ok)
 
 
 def relation_mae_sweep(
@@ -65,7 +82,7 @@ def relation_mae_sweep(
     `negated` is the teacher with its weights negated, and so is its weights' gradient. A sum over ordered pairs i != j,
     except that a pair sweep counts each of its unordered pairs once for both orders.
     """
-    config = config or choose_config(student.rows, Work.DOUBLE)
+    config = config or choose_config(student.rows, Work.PARTS if len(negated.weights) == 1 else Work.DOUBLE)
     offset, b, n, width_s, width_t = sizes(student, negated, offset)
     stored, wanted = student.stored_dtype(), (want_student, want_teacher)
     gradients = [

@@ -46,11 +46,12 @@ class Config:
 class Work(Enum):
     """How much a kernel keeps beside its accumulator, which decides the largest tile that does not spill."""
 
-    LIGHT = "one exponential, sums of rows and columns"
+    LIGHT = "one exponential, sums of rows and columns; or weights, part after part of the tile"
     FULL = "weights to store or counts"
     NARROW = "ids, or weights from a reference a row"
-    DOUBLE = "two products at once, or lists of neighbours"
-    CROWDED = "two products and several teachers, a reference a row, the teacher's gradient or second order"
+    PARTS = "two products, worked on part after part of the tile"
+    DOUBLE = "two products at once, with several teachers or whole tiles; lists of neighbours"
+    CROWDED = "two products and a reference a row, the teacher's gradient or second order"
 
 
 # What each compiles to: benchmarks/results/compile_table.md.
@@ -58,12 +59,18 @@ BF16 = {
     Work.LIGHT: Config(),
     Work.FULL: Config(block_n=128),
     Work.NARROW: Config(block_n=64),
+    Work.PARTS: Config(block_n=128, wave_rows=4096),
     Work.DOUBLE: Config(block_n=64, wave_rows=4096),
     Work.CROWDED: Config(block_m=64, block_n=64, wave_rows=4096),
 }
 # Before 9.0 a block has 164 KB of shared memory and no 128 x 256 tile; 10.0 spills where 9.0 does not.
-BEFORE_HOPPER = {Work.LIGHT: Work.FULL, Work.DOUBLE: Work.CROWDED}
-AFTER_HOPPER = {Work.LIGHT: Work.FULL, Work.FULL: Work.NARROW, Work.DOUBLE: Work.CROWDED}
+BEFORE_HOPPER = {Work.LIGHT: Work.FULL, Work.PARTS: Work.CROWDED, Work.DOUBLE: Work.CROWDED}
+AFTER_HOPPER = {
+    Work.LIGHT: Work.FULL,
+    Work.FULL: Work.NARROW,
+    Work.PARTS: Work.CROWDED,
+    Work.DOUBLE: Work.CROWDED,
+}
 FP32_ONE = Config(block_m=64, block_n=64, block_k=32, warps=4, stages=2, wave_columns=32768)
 FP32_TWO = replace(FP32_ONE, warps=8)
 INTERPRETED = Config(block_m=32, block_n=64, block_k=32, wave_rows=96, wave_columns=128, splits=2)  # several of each
@@ -79,7 +86,7 @@ def choose_config(x: Tensor, work: Work) -> Config:
 def config_for(dtype: torch.dtype, capability: int, work: Work) -> Config:
     """Tile sizes by the major compute capability."""
     if dtype == torch.float32:
-        return FP32_TWO if work in (Work.DOUBLE, Work.CROWDED) else FP32_ONE
+        return FP32_TWO if work in (Work.PARTS, Work.DOUBLE, Work.CROWDED) else FP32_ONE
     smaller = BEFORE_HOPPER if capability < 9 else AFTER_HOPPER if capability > 9 else {}
     return BF16[smaller.get(work, work)]
 
@@ -163,6 +170,32 @@ def product_tile(
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def halves(tile):
+    """A tile's left and right half, out of registers."""
+    height: tl.constexpr = tile.shape[0]
+    width: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (height, 2, width // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def side_by_side(tile, WIDTH: tl.constexpr):
+    """A tile's 1, 2 or 4 parts of WIDTH columns, a tuple. What is made of one part after another needs fewer
+    registers, so that the product may have a larger tile, which is fed more cheaply."""
+    COUNT: tl.constexpr = tile.shape[1] // WIDTH
+    if COUNT == 1:
+        parts = (tile,)
+    else:
+        left, right = halves(tile)
+        if COUNT == 2:
+            parts = left, right
+        else:
+            first, second = halves(left)
+            third, fourth = halves(right)
+            parts = first, second, third, fourth
+    return parts
 
 
 @triton.jit

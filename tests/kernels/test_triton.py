@@ -11,7 +11,19 @@ from tests.kernels import cases as k
 from tests.kernels.test_gradients import second_order
 from vlscale.kernels import primitives as p
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from vlscale.kernels.triton_tiles import side_by_side  # noqa: E402 (needs triton)
+
+
+@triton.jit
+def parts_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr):
+    """Copies a 16 x 64 tile by its parts."""
+    rows = tl.arange(0, 16)[:, None] * 64
+    parts = side_by_side(tl.load(x_ptr + rows + tl.arange(0, 64)[None, :]), WIDTH)
+    for part in tl.static_range(64 // WIDTH):
+        tl.store(out_ptr + rows + part * WIDTH + tl.arange(0, WIDTH)[None, :], parts[part])
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 16, 14.3), (63, 100, 100.0), (129, 64, 14.3), (260, 40, 100.0)]
@@ -170,3 +182,11 @@ def test_float64_is_served_by_the_chunked_tiles():
     case = k.contrastive_case(x, y, 14.3)
     truth, got = case.run("reference"), case.run("triton")
     assert all(k.relative(got[name], truth[name]) < 1e-12 for name in truth)
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
+def test_parts_of_a_tile_lie_side_by_side(width):
+    x = torch.arange(16 * 64, dtype=torch.float32, device=DEVICE).view(16, 64)
+    out = torch.full_like(x, -1)
+    parts_kernel[1,](x, out, WIDTH=width)
+    assert torch.equal(out, x)
