@@ -17,14 +17,18 @@ def today() -> str:
 
 
 def provenance(command: str) -> str:
-    """One sentence for the head of a page. Results that another benchmark has just written make no commit dirty."""
-    commit = _git("describe", "--always") or "unknown"
-    if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"):
-        commit += "-dirty"
+    """One sentence for the head of a page."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
-        f"`{command}` at commit {commit}; {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}."
+        f"`{command}` at commit {commit()}; {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}."
     )
+
+
+def commit() -> str:
+    """Results that another benchmark has just written make no commit dirty."""
+    found = _git("describe", "--always") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return f"{found}-dirty" if changed else found
 
 
 def _git(*arguments: str) -> str:

@@ -1,8 +1,7 @@
-"""The method study: its intervals and tables on hand-made cells, and the documented small study from end to end."""
+"""The method study: its intervals and tables on hand-made cells, what it refuses, and terms from outside."""
 
 import csv
 import json
-import re
 import runpy
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from vlscale.sections import ObjectiveConfig
 from vlscale.train import plan
 from vlscale.train.metrics_file import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 METHOD = benchmarks_folder() / "method"
 
 
@@ -108,6 +106,20 @@ def test_differences_are_paired_by_seed(analyse, tmp_path, monkeypatch):
     assert list(rows) == list(analyse.names_of(study)) and rows["rsum"]["mean"] == "0.0000"
     shown = [float(rows["i2i"][name]) for name in ("mean", "t_low", "t_high", "boot_low", "boot_high")]
     assert shown == pytest.approx([2.5, 1.2579, 3.7421, 2.0, 3.0], abs=1e-3)
+
+
+def test_a_page_says_which_commits_trained_its_cells_where_it_has_another(analyse, tmp_path, monkeypatch):
+    cells(tmp_path, analyse)
+    study = {"levels": {"clean": {}}, "seeds": [0, 1, 2], "methods": {"contrastive": {}}, "comparisons": []}
+    for seed, commit in ((0, "a1"), (1, "b2-dirty")):
+        path = tmp_path / f"clean-seed-{seed}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": commit}))
+    found, table = analyse.trained_at(study, tmp_path), analyse.read_cells(study, tmp_path)
+    monkeypatch.setattr(analyse, "commit", lambda: "a1")
+    said = "Cells were trained earlier: 1 at commit a1, 1 at commit b2-dirty, 1 at a commit that was not kept."
+    assert said in analyse.markdown(study, table, {}, found)
+    alone = analyse.trained_at(study | {"seeds": [0]}, tmp_path)
+    assert "trained earlier" not in analyse.markdown(study, table, {}, alone)
 
 
 @pytest.mark.parametrize("name", ["study", "trained", "pretrained", "pretrained-tuned"])
@@ -204,33 +216,6 @@ def test_a_gap_between_the_means_is_added(outside):
     with_gap, metrics = outside.consistency_without_gap(rows, objective, Ranks())
     gap = float((image.mean(0) - text.mean(0)).square().sum())
     assert float(with_gap - plain) == pytest.approx(gap, rel=1e-4) and float(metrics["gap"]) == pytest.approx(gap)
-
-
-def test_the_documented_small_study(tmp_path):
-    (block,) = re.findall(r"```bash tried\n(.*?)```", (ROOT / "docs" / "method.md").read_text(), flags=re.S)
-    (small,) = re.findall(r"<<'EOF'\n(.*?)EOF\n", block, flags=re.S)
-    (tmp_path / "small.yaml").write_text(small)
-    (command,) = [line.split() for line in block.splitlines() if line.startswith("vlscale bench")]
-
-    def bench() -> subprocess.CompletedProcess:
-        given = [sys.executable, "-m", *command]
-        return subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-
-    done = bench()
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = tmp_path / "small-study"
-    chosen = json.loads((out / "chosen.json").read_text())["clean"]
-    assert chosen["heads"]["objective"]["relation_weight"] in (0.1, 0.3) and chosen["heads"]["meta"]["mode"] == "heads"
-    assert "heads - contrastive" in (out / "study.md").read_text() and (out / "study.png").stat().st_size > 1000
-    assert {path.stem for path in (out / "cells").glob("[!.]*.json")} == {
-        "tuning-clean",
-        "clean-seed-0",
-        "clean-seed-1",
-    }
-    assert list((out / "work").iterdir()) == []  # a finished cell leaves no models behind
-    (out / "cells" / "clean-seed-1.json").unlink()
-    again = bench()  # goes on: one cell is made anew
-    assert again.returncode == 0 and re.findall(r"^\S+: \d+ s", again.stdout, flags=re.M)[0].startswith("clean-seed-1")
 
 
 def test_one_pretraining_a_seed_serves_all_levels(tmp_path):

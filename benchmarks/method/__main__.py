@@ -3,10 +3,10 @@
     vlscale bench method --out DIR [--emoji FOLDER] [--study FILE] [--processes N] [--levels NAME ...] [--write]
 
 Unattended, and the same command again goes on where it stopped: finished cells are files in DIR/cells, and those of an
-earlier result may be given with --cells. First every method's trials on the tuning seed, chosen on validation; then the
-seeds, measured on test. A study whose methods have no `grid` has nothing to tune and starts with the seeds
-(ablations.yaml). `--write` keeps the cells, the table, a CSV and the plot in benchmarks/results/, dated, by the study's
-name.
+earlier result may be given with --cells. What other settings made is refused. First every method's trials on the tuning
+seed, chosen on validation; then the seeds, measured on test. A study whose methods have no `grid` has nothing to tune
+and starts with the seeds (ablations.yaml). `--write` keeps the cells, the table, a CSV and the plot in
+benchmarks/results/, dated, by the study's name.
 """
 
 import argparse
@@ -24,7 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from analyse import write_study  # noqa: E402
-from cell import plan_of  # noqa: E402
+from cell import clear, plan_of, pretraining_of  # noqa: E402
+from kept import Refused, job_file, kept_cell, refuse_other_towers, shards_of  # noqa: E402
 from outside import TERMS  # noqa: E402
 
 from vlscale.config import load_plan  # noqa: E402
@@ -43,63 +44,89 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
     given = parser.parse_args(argv)
     study = read_study(given.study)
+    every = yaml.safe_load((HERE / "study.yaml").read_text())["levels"] | study["levels"]
     levels = {name: own for name, own in study["levels"].items() if not given.levels or name in given.levels}
     if given.emoji is None:
         levels = {name: own for name, own in levels.items() if own.get("recipe") != "emoji"}
     if not levels:
         parser.error("no level is left to run; emoji needs --emoji FOLDER")
     study |= {"levels": levels, "seeds": given.seeds or study["seeds"], "command": command_of(given)}
-    cells = given.out / "cells"
+    try:
+        return run_study(study, every, given)
+    except Refused as problem:
+        parser.error(str(problem))
+
+
+def run_study(study: dict, every: dict, given: argparse.Namespace) -> int:
+    """`every`: level to what it is, also of those that are tuned on and not measured. The exit status."""
+    cells, source = given.out / "cells", str(given.study)
     cells.mkdir(parents=True, exist_ok=True)
-    earlier = json.loads(given.cells.read_text()) if given.cells else {}
-    earlier.pop("study", None)  # its comparisons and endpoints: no cell
-    for name, known in earlier.items():
-        (cells / f"{name}.json").write_text(json.dumps(known, indent=1) + "\n")
-    if given.only_report:
-        chosen = untuned(study) or {
-            path.stem.removeprefix("tuning-"): choose(study, json.loads(path.read_text()))
-            for path in sorted(cells.glob("tuning-*.json"))
-        }
-        write_study(study, cells, chosen, given.out, keep=given.write)
-        return 0
     terms = {method: own["outside"] for method, own in study["methods"].items() if "outside" in own}
     unknown = sorted(set(terms.values()) - set(TERMS))
     if unknown:
-        parser.error(f"{given.study}: outside: unknown term {unknown[0]!r}; there are: {', '.join(TERMS)}")
-    common = {"threads": 1, "emoji": given.emoji and str(given.emoji), **{k: study[k] for k in ("pairs", "held_out")}}
+        raise Refused(f"{source}: outside: unknown term {unknown[0]!r}; there are: {', '.join(TERMS)}")
+    common = {
+        key: study[key] for key in ("pairs", "held_out") if key in study
+    }  # a report needs neither these nor recipes
+    common |= {"threads": 1, "emoji": given.emoji and str(given.emoji)}
+    shards = shards_of(given.emoji) if given.emoji else {}
 
-    def job(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict:
-        level = study["levels"][level_name]
-        return common | {
-            "name": name, "level": level, "level_name": level_name, "seed": seed, "split": split, "runs": runs,
-            "recipe": study["recipes"][level.get("recipe", "scenes")],
+    def job(name: str, level_name: str, seed: int, split: str, runs: dict | None) -> dict:
+        """Without `runs` where they are not chosen yet: nothing to train, but enough to know a cell by."""
+        if level_name not in every:
+            raise Refused(f"{source}: tuned_on: unknown level {level_name!r}; there are: {', '.join(every)}")
+        level = every[level_name]
+        recipe = level.get("recipe", "scenes")
+        chosen = {
+            "runs": runs,
             "outside": {run: term for run, term in terms.items() if run in runs},
             "theta_prime": [method for method in runs if study["methods"].get(method, {}).get("theta_prime")],
+        } if runs is not None else {}  # fmt: skip
+        if "recipes" in study:
+            chosen["recipe"] = study["recipes"][recipe]
+        return common | chosen | {
+            "name": name, "level": level, "level_name": level_name, "seed": seed, "split": split,
+            "shards": shards if recipe == "emoji" else {},
             "folder": str((given.out / "work" / name).resolve()), "result": str((cells / f"{name}.json").resolve()),
             "pretrained": str((given.out / f"pretrained-seed-{seed}").resolve()),
         }  # fmt: skip
 
-    def cell(name: str, level_name: str, seed: int, split: str, runs: dict) -> dict | None:
-        return _finished(job(name, level_name, seed, split, runs), cells / f".{name}.job.json")
+    def measuring(chosen: dict) -> list[dict]:
+        return [
+            job(f"{level}-seed-{seed}", level, seed, "test", chosen.get(tuned_on(study, level)))
+            for seed in study["seeds"]
+            for level in study["levels"]
+        ]
 
     tuning = [] if untuned(study) else tuned_levels(study)
-    try:
-        for level in study["levels"]:
-            runs = (untuned(study) or {tuned_on(study, level): trial_runs(study)})[tuned_on(study, level)]
+    study["known_levels"] = [*read_study(given.study)["levels"], *tuning]
+    trials = [job(f"tuning-{level}", level, study["tuning_seed"], "val", trial_runs(study)) for level in tuning]
+    earlier = json.loads(given.cells.read_text()) if given.cells else {}
+    earlier.pop("study", None)  # its comparisons and endpoints: no cell
+    done = {level: kept_cell(trial, earlier, source) for level, trial in zip(tuning, trials, strict=True)}
+    chosen = untuned(study) or {level: choose(study, cell) for level, cell in done.items() if cell}
+    for each in measuring(chosen):
+        kept_cell(each, earlier, source)
+    if not given.only_report:
+        for level in dict.fromkeys([*study["levels"], *tuning]):
+            runs = (untuned(study) or {}).get(tuned_on(study, level)) or trial_runs(study)
             refuse_bad_runs(job("check", level, 0, "val", runs), given.study)
-    except ValueError as problem:
-        parser.error(str(problem))
+        for each in (*trials, *measuring(chosen)):
+            if "pretrained" in each["recipe"]:
+                refuse_other_towers(Path(each["pretrained"]), *pretraining_of(each), source)
+    for name, known in earlier.items():
+        (cells / f"{name}.json").write_text(json.dumps(known, indent=1) + "\n")
+    if given.only_report:
+        write_study(study, cells, chosen, given.out, keep=given.write)
+        return 0
     with ThreadPoolExecutor(given.processes) as pool:
-        trials = pool.map(
-            lambda level: cell(f"tuning-{level}", level, study["tuning_seed"], "val", trial_runs(study)), tuning
-        )
-        chosen = untuned(study) or {level: choose(study, trial) for level, trial in zip(tuning, trials, strict=True)}
+        tuned = pool.map(lambda trial: _finished(trial, job_file(trial)), trials)
+        chosen = untuned(study) or {level: choose(study, cell) for level, cell in zip(tuning, tuned, strict=True)}
         (given.out / "chosen.json").write_text(json.dumps(chosen, indent=1))
-        wanted = [(level, seed) for seed in study["seeds"] for level in study["levels"]]
-        measured = pool.map(
-            lambda at: cell(f"{at[0]}-seed-{at[1]}", *at, "test", chosen[tuned_on(study, at[0])]), wanted
-        )
-        failed = [at for at, found in zip(wanted, measured, strict=True) if found is None]
+        wanted = measuring(chosen)
+        for each in wanted:  # tuned anew, it may have chosen otherwise
+            kept_cell(each, {}, source)
+        failed = [found for found in pool.map(lambda each: _finished(each, job_file(each)), wanted) if found is None]
     write_study(study, cells, chosen, given.out, keep=given.write)
     return 1 if failed else 0
 
@@ -132,15 +159,12 @@ def untuned(study: dict) -> dict[str, dict] | None:
 
 def tuned_on(study: dict, level: str) -> str:
     """The level whose trials serve a level: those of scenes share one, the middle of the imbalance."""
-    return study["levels"][level].get("tuned_on", "text-noisy")
+    return study["levels"].get(level, {}).get("tuned_on", "text-noisy")
 
 
 def tuned_levels(study: dict) -> list[str]:
-    found = dict.fromkeys(tuned_on(study, level) for level in study["levels"])
-    missing = [level for level in found if level not in study["levels"]]
-    for level in missing:  # a level that is only tuned on
-        study["levels"][level] = yaml.safe_load((HERE / "study.yaml").read_text())["levels"][level]
-    return list(found)
+    """Those with trials, also of levels that are tuned on and not measured."""
+    return list(dict.fromkeys(tuned_on(study, level) for level in study["levels"]))
 
 
 def trial_runs(study: dict) -> dict[str, dict]:
@@ -152,7 +176,7 @@ def trial_runs(study: dict) -> dict[str, dict]:
 
 
 def refuse_bad_runs(job: dict, study: Path) -> None:
-    """ValueError that names the study's file where a cell's own plan would be refused, perhaps hours later."""
+    """Names the study's file where a cell's own plan would be refused, perhaps hours later."""
     plan = plan_of(job, ["train.tar"], "begun" if "pretrained" in job["recipe"] else None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.yaml"
@@ -160,7 +184,7 @@ def refuse_bad_runs(job: dict, study: Path) -> None:
         try:
             load_plan(path)
         except ValueError as problem:
-            raise ValueError(str(problem).replace(str(path), str(study))) from None
+            raise Refused(str(problem).replace(str(path), str(study))) from None
 
 
 def choose(study: dict, trial: dict | None) -> dict[str, dict]:
@@ -187,7 +211,9 @@ def _finished(job: dict, path: Path) -> dict | None:
     result = Path(job["result"])
     if not result.exists():
         started = time.perf_counter()
-        path.write_text(json.dumps(job))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(job))
+        partial.replace(path)
         log = path.parent.parent / f"{job['name']}.log"
         with log.open("w") as out:
             done = subprocess.run([sys.executable, str(HERE / "cell.py"), str(path)], stdout=out, stderr=out)
@@ -195,6 +221,7 @@ def _finished(job: dict, path: Path) -> dict | None:
             print(f"{job['name']}: failed, see {log}", file=sys.stderr, flush=True)
             return None
         print(f"{job['name']}: {time.perf_counter() - started:.0f} s", flush=True)
+    clear(Path(job["folder"]))  # where it was killed once it had its numbers
     return json.loads(result.read_text())
 
 

@@ -7,10 +7,11 @@ import csv
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, provenance, today
+from common import RESULTS, commit, provenance, today
 
 from vlscale.evaluate.paired import ENOUGH, bootstrap_interval, paired, seed_interval
 
@@ -26,7 +27,7 @@ def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool
     table = read_cells(study, cells)
     if not any(table.values()):
         return
-    page = markdown(study, table, chosen)
+    page = markdown(study, table, chosen, trained_at(study, cells))
     (out / "study.md").write_text(page)
     (out / "study.csv").write_text(as_csv(study, table))
     (out / "differences.csv").write_text(differences_csv(study, table))
@@ -38,6 +39,8 @@ def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool
             shutil.copy(out / f"study.{kind}", RESULTS / f"{today()}-method-{name}.{kind}")
         shutil.copy(out / "differences.csv", RESULTS / f"{today()}-method-{name}-differences.csv")
         everything = {path.stem: json.loads(path.read_text()) for path in sorted(cells.glob("[!.]*.json"))}
+        if known := study.get("known_levels"):  # another study may have used the same folder
+            everything = {name: cell for name, cell in everything.items() if cell["level_name"] in known}
         everything["study"] = {"name": name, "comparisons": study["comparisons"], "endpoints": list(names_of(study))}
         kept = "cells" if name == "study" else f"{name}-cells"
         (RESULTS / f"{today()}-method-{kept}.json").write_text(json.dumps(everything) + "\n")
@@ -46,8 +49,21 @@ def write_study(study: dict, cells: Path, chosen: dict, out: Path, *, keep: bool
 def read_cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
     """level -> seed -> method -> endpoint."""
     return {
+        level: {seed: cell["measured"] for seed, cell in by_seed.items()}
+        for level, by_seed in _cells(study, cells).items()
+    }
+
+
+def trained_at(study: dict, cells: Path) -> Counter[str]:
+    """commit -> cells; older cells do not tell."""
+    every = [cell for by_seed in _cells(study, cells).values() for cell in by_seed.values()]
+    return Counter(cell.get("commit", "unknown") for cell in every)
+
+
+def _cells(study: dict, cells: Path) -> dict[str, dict[int, dict]]:
+    return {
         level: {
-            seed: json.loads(path.read_text())["measured"]
+            seed: json.loads(path.read_text())
             for seed in study["seeds"]
             if (path := cells / f"{level}-seed-{seed}.json").exists()
         }
@@ -61,12 +77,14 @@ def names_of(study: dict) -> dict[str, str]:
     return {endpoint: NAMES[endpoint] for endpoint in wanted}
 
 
-def markdown(study: dict, table: dict, chosen: dict) -> str:
+def markdown(study: dict, table: dict, chosen: dict, commits: Counter[str] | None = None) -> str:
+    """`commits`: what the cells were trained at, which is said where it is not the page's own commit."""
     seeds, names = sorted({seed for by_seed in table.values() for seed in by_seed}), names_of(study)
     lines = [
         f"# Method {study.get('name', 'study')}, {today()}",
         "",
-        provenance(study.get("command", "vlscale bench method --out DIR --emoji FOLDER --processes 2 --write")),
+        provenance(study.get("command", "vlscale bench method --out DIR --emoji FOLDER --processes 2 --write"))
+        + _told(commits or Counter()),
         "",
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), each with its own corpus, teachers, weights and batches; "
         "test split; NDCG@10 above chance, in percent; rsum of 600. In brackets: 95 % interval (Student's t) over the "
@@ -99,6 +117,14 @@ def markdown(study: dict, table: dict, chosen: dict) -> str:
     for level, methods in chosen.items():
         lines += [f"| {level} | {method} | `{json.dumps(own)}` |" for method, own in methods.items()]
     return "\n".join(lines) + "\n"
+
+
+def _told(commits: Counter[str]) -> str:
+    if commits.keys() <= {commit()}:
+        return ""
+    known = [f"{count} at commit {name}" for name, count in commits.items() if name != "unknown"]
+    unknown = [f"{commits['unknown']} at a commit that was not kept"] if commits["unknown"] else []
+    return f" Cells were trained earlier: {', '.join(known + unknown)}."
 
 
 def _mixtures(by_seed: dict[int, dict]) -> dict[str, str]:

@@ -3,7 +3,8 @@
     python benchmarks/method/cell.py JOB.json
 
 The job says where to work, what to train (name to overrides) and which split to measure; the result is written beside
-the job, complete or not at all. A cell that was cut off goes on where it stopped.
+the job, complete or not at all, with the job's settings and the commit. A cell that was cut off goes on where it
+stopped.
 """
 
 import fcntl
@@ -16,6 +17,11 @@ from glob import glob
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import commit
+from kept import refuse_other_towers, settings
 from outside import outside
 from theta_prime import save_at_theta_prime
 
@@ -70,7 +76,6 @@ def run_cell(job: dict) -> dict[str, dict[str, float]]:
         measured[name]["reranked"] = result["reranked:rsum" if matches else "rsum"].value
         measured[name]["single"] = (measured[name]["i2i"] + measured[name]["t2t"]) / 2
         measured[name] |= _mixture(runs / name / "metrics.jsonl")
-    shutil.rmtree(folder)
     return measured
 
 
@@ -116,19 +121,27 @@ def split_emoji(folder: str | Path, seed: int) -> dict[str, list[str]]:
 
 def _pretrained(job: dict) -> str:
     """The run that towers and teachers of a seed come from: of a corpus of its own, trained once for all levels."""
-    folder, own = Path(job["pretrained"]), job["recipe"]["pretrained"]
+    folder, (plan, corpus) = Path(job["pretrained"]), pretraining_of(job)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        refuse_other_towers(folder, plan, corpus, "this cell")  # another level's recipe may have come first
         if not (folder / "runs" / "final").is_dir():
-            corpus = own["corpus"] | {"val_pairs": 1, "seed": job["seed"] + PRETRAINING_SEEDS}
+            (folder / "corpus.json").write_text(json.dumps(corpus))
             if not (folder / "data").exists():
-                make_corpus(folder / "data", synth_config(corpus.pop("preset"), **corpus), processes=1, progress=False)
-            common = _common(job, [f"{folder}/data/train-*.tar"], folder)
-            given = {key: value for key, value in own.items() if key != "corpus"}
-            _train({key: {**common.get(key, {}), **given.get(key, {})} for key in common | given}, folder / "plan.yaml")
+                make_corpus(folder / "data", synth_config(**corpus), processes=1, progress=False)
+            _train(plan, folder / "plan.yaml")
             shutil.rmtree(folder / "data")
     return str(folder / "runs")
+
+
+def pretraining_of(job: dict) -> tuple[dict, dict]:
+    """The plan and the corpus of a seed's pre-training."""
+    folder, own = Path(job["pretrained"]), job["recipe"]["pretrained"]
+    common = _common(job, [f"{folder}/data/train-*.tar"], folder)
+    given = {key: value for key, value in own.items() if key != "corpus"}
+    plan = {key: {**common.get(key, {}), **given.get(key, {})} for key in common | given}
+    return plan, own["corpus"] | {"val_pairs": 1, "seed": job["seed"] + PRETRAINING_SEEDS}
 
 
 def _train(plan: dict, path: Path) -> None:
@@ -161,13 +174,33 @@ def plan_of(job: dict, train: list[str], begun: str | None) -> dict:
     return _common(job, train, Path(job["folder"])) | ({"stages": stages} if stages else {}) | {"variants": variants}
 
 
+def commits(folder: Path) -> str:
+    """What the cell is trained at: more than one commit where it was cut off and goes on at another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / "commits"
+    before = told.read_text().split() if told.exists() else []
+    told.write_text("\n".join(dict.fromkeys([*before, commit()])))
+    return told.read_text().replace("\n", ", ")
+
+
+def clear(folder: Path) -> None:
+    """Away at once: what is left of a removal that was cut off is not taken for a cell that was."""
+    removed = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed)
+
+
 def main() -> None:
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
-    result = {key: job[key] for key in ("name", "level_name", "seed", "split", "runs")} | {"measured": run_cell(job)}
+    trained_at = commits(Path(job["folder"]))  # what was loaded, whatever happens to the checkout meanwhile
+    result = {"name": job["name"], **settings(job), "commit": trained_at, "measured": run_cell(job)}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, job["result"])
+    clear(Path(job["folder"]))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from analyse import write_study  # noqa: E402
 from cell import ENDPOINTS, split_emoji  # noqa: E402
+from common import commit  # noqa: E402
+from kept import Refused, kept_cell, settings, shards_of  # noqa: E402
 
 from vlscale.config import validate  # noqa: E402
 from vlscale.distributed import Ranks  # noqa: E402
@@ -134,22 +136,30 @@ def main() -> None:
     recipe["optim"] |= {"lr": 1e-3}
     if given.steps:
         recipe["train"] |= {"max_steps": given.steps}
+    settings_of = {name: {"weight": weight, "sees_caption": seen} for name, (weight, seen) in VARIANTS.items()}
     cells = given.out / "cells"
     cells.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
-        path = cells / f"emoji-seed-{seed}.json"
-        if not path.exists():
+        name = f"emoji-seed-{seed}"
+        path = cells / f"{name}.json"
+        job = {"name": name, "level_name": "emoji", "seed": seed, "split": "test", "recipe": recipe}
+        job |= {"shards": shards_of(given.emoji), "runs": settings_of, "result": path, "folder": given.out / "none"}
+        try:
+            kept = kept_cell(job, {}, "this command")
+        except Refused as problem:
+            parser.error(str(problem))
+        if kept is None:
+            trained_at = commit()
             measured = run_seed(recipe, split_emoji(given.emoji, seed), seed, given.out)
-            cell = {"level_name": "emoji", "seed": seed, "split": "test", "measured": measured}
+            cell = {**settings(job), "commit": trained_at, "measured": measured}
             path.write_text(json.dumps(cell, indent=1) + "\n")
-    settings = {name: {"weight": weight, "sees_caption": seen} for name, (weight, seen) in VARIANTS.items()}
     study = {
         "name": "patches", "levels": {"emoji": {}}, "seeds": given.seeds,
         "methods": {name: {} for name in VARIANTS},
         "comparisons": [(name, "contrastive") for name in list(VARIANTS)[1:]],
         "command": "python benchmarks/method/patches.py --emoji FOLDER --out DIR --write",
     }  # fmt: skip
-    write_study(study, cells, {"emoji": settings}, given.out, keep=given.write)
+    write_study(study, cells, {"emoji": settings_of}, given.out, keep=given.write)
 
 
 if __name__ == "__main__":
