@@ -5,11 +5,12 @@ import json
 import logging
 
 import pytest
+import torch
 
 from vlscale.cli import main
 from vlscale.config import load_plan, parse_overrides, validate
 from vlscale.sections import Config
-from vlscale.train.deepspeed_json import json_for_deepspeed, refusals_named
+from vlscale.train.deepspeed_json import QUANTIZED, json_for_deepspeed, refusals_named
 from vlscale.train.doctor_config import examine_config
 
 ODD_QUARTER = 4 * (1 << 20) + 4  # DeepSpeed gathers by even numbers only
@@ -122,11 +123,44 @@ def test_what_deepspeed_cannot_read_is_one_line(given, said):
         (1, {"zero_optimization": {"allgather_bucket_size": 7}}, "allgather_bucket_size=7; ZeRO-1 expects an even"),
         (3, {"zero_optimization": {"zero_hpz_partition_size": 3}}, "3 does not divide the world size 4"),
         (0, {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype=bf16 needs ZeRO"),
+        (
+            2,
+            {"zero_optimization": {"zero_quantized_gradients": True}},
+            "has an effect with ZeRO-3 alone, got ZeRO-2; leave it out, or",
+        ),
+        (
+            1,
+            {"zero_optimization": {"zero_hpz_partition_size": 2}},
+            "zero_hpz_partition_size has an effect with ZeRO-3 alone",
+        ),
+        (
+            0,
+            {"zero_optimization": {"sub_group_size": 1000}},
+            "sub_group_size has an effect with ZeRO-3 alone, got ZeRO-0",
+        ),
+        (2, {"zero_optimization": {"leaf_module": {"classes": ["A"]}}}, "leaf_module has an effect with ZeRO-3 alone"),
     ],
 )
 def test_what_only_the_engine_would_stop_at_is_refused(stage, given, said):
     with pytest.raises(ValueError, match=said):
         json_for_deepspeed(config_of(f"engine.zero_stage={stage}", f"engine.deepspeed={json.dumps(given)}"), 4)
+
+
+@pytest.mark.parametrize("key", QUANTIZED)
+def test_what_needs_cuda_kernels_is_refused_without_a_device(monkeypatch, key):
+    config = config_of("engine.zero_stage=3", f"engine.deepspeed={{zero_optimization: {{{key}: true}}}}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"{key} expects a CUDA device, .*this machine has none; leave it out$"):
+        json_for_deepspeed(config, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert json_for_deepspeed(config, 2)["zero_optimization"][key] is True
+
+
+def test_keys_of_stage_3_that_change_nothing_pass():
+    config = config_of(
+        "engine.deepspeed={zero_optimization: {zero_hpz_partition_size: 1, zero_quantized_weights: false}}"
+    )
+    assert json_for_deepspeed(config, 2)["zero_optimization"]["zero_hpz_partition_size"] == 1
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -180,6 +214,10 @@ def test_doctor_and_plan_show_the_line_and_a_run_ends_with_it(capsys, tiny_confi
     bad = [finding for finding in examine_config(load_plan(tiny_config, [misspelt]), 1) if finding.level == "fail"]
     assert [finding.name for finding in bad] == ["DeepSpeed"]
     assert bad[0].value in refused(capsys, "train", str(tiny_config), "--plan", misspelt)
+    early = "engine.deepspeed={zero_optimization: {zero_quantized_gradients: true}}"
+    assert "zero_quantized_gradients has an effect with ZeRO-3" in refused(
+        capsys, "train", str(tiny_config), "--plan", early
+    )
     run, when_built = ["train", str(tiny_config), "--out", str(tmp_path / "run")], "engine.deepspeed={log_level: loud}"
     assert "engine.deepspeed is refused by DeepSpeed: loud is not one of" in refused(capsys, *run, when_built)
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from collections.abc import Iterator, KeysView
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from vlscale.sections import Config
@@ -57,6 +58,17 @@ FIXED = {  # keys of DeepSpeed that have one possible value here, and why
     f"{ZERO}.zenflow": "the optimizer is always torch's",
     f"{ZERO}.legacy_stage1": "DeepSpeed no longer has it",
 }
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+STAGE_3 = (  # keys of ZeRO that other stages have no use for, though their names do not say so, as stage3_... do
+    *QUANTIZED,
+    "zero_hpz_partition_size",
+    "sub_group_size",
+    "memory_efficient_linear",
+    "pipeline_loading_checkpoint",
+    "enable_sanity_checks",
+    "log_trace_cache_warnings",
+    "leaf_module",
+)
 
 
 def json_for_deepspeed(config: Config, world_size: int, learned: int | None = None) -> dict[str, Any]:
@@ -220,10 +232,27 @@ def _refuse_combinations(parsed: Any, world_size: int) -> None:
             f"engine.deepspeed.{ZERO}.zero_hpz_partition_size={zero.zero_hpz_partition_size} does not divide the world "
             f"size {world_size}; set a number that does"
         )
+    _refuse_of_stage_3(zero)
     if stage == 0 and parsed.grad_accum_dtype not in (None, "fp32", "float32"):
         raise ValueError(
             f"engine.deepspeed.data_types.grad_accum_dtype={parsed.grad_accum_dtype} needs ZeRO; leave it out, or set "
             "engine.zero_stage to 1, 2 or 3"
+        )
+
+
+def _refuse_of_stage_3(zero: Any) -> None:
+    """What another stage would leave aside without a word, and what this machine has no kernels for."""
+    default = type(zero)()
+    changed = [key for key in STAGE_3 if getattr(zero, key) != getattr(default, key)]
+    for key in changed if zero.stage < 3 else ():
+        raise ValueError(
+            f"engine.deepspeed.{ZERO}.{key} has an effect with ZeRO-3 alone, got ZeRO-{zero.stage}; leave it out, or "
+            "set engine.zero_stage=3"
+        )
+    for key in (key for key in changed if key in QUANTIZED and not torch.cuda.is_available()):
+        raise ValueError(
+            f"engine.deepspeed.{ZERO}.{key} expects a CUDA device, whose kernels it needs, and this machine has none; "
+            "leave it out"
         )
 
 
