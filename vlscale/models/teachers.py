@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.utils import ModelOutput
 
 from vlscale.models import siglip
 from vlscale.models.dual_encoder import DualEncoder, final_folder, load_dual_encoder
@@ -29,7 +30,7 @@ class Teacher:
     """One frozen tower, with the projection of the dual encoder it came from or the identity.
 
     `source` is the folder or hub name whose processor prepares its inputs; None: the student's own inputs. A tower
-    without a pooling layer speaks by its first token (pictures) or by the mean over a caption's tokens.
+    without a pooling layer speaks by its class token (pictures) or by the mean over a caption's tokens.
     """
 
     tower: nn.Module
@@ -55,13 +56,20 @@ class Teacher:
         """Model inputs of B samples to (B, D_teacher), L2-normalised."""
         dtype = next(self.tower.parameters()).dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        out = self.tower(**inputs)
-        if getattr(out, "pooler_output", None) is None and "attention_mask" in inputs:
-            mask = inputs["attention_mask"].unsqueeze(2)
-            pooled = (out.last_hidden_state.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-        else:
-            pooled = out.last_hidden_state[:, 0] if out.pooler_output is None else out.pooler_output
+        pooled = self._pooled(self.tower(**inputs), inputs.get("attention_mask"))
         return unit(self.projection(pooled.to(dtype)))
+
+    def _pooled(self, out: ModelOutput, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, width). `mask`: (B, L) of captions; None for pictures."""
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is not None:
+            return pooled
+        if mask is not None:
+            mask = mask.unsqueeze(2)
+            return (out.last_hidden_state.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+        if not hasattr(getattr(self.tower, "embeddings", None), "cls_token"):
+            raise ValueError("it has neither a pooler_output nor a class token; give another vision model")
+        return out.last_hidden_state[:, 0]
 
 
 @dataclass
@@ -167,8 +175,10 @@ def load_teacher(modality: Modality, path: str) -> Teacher:
 
 def _single_modal(modality: Modality, folder: str) -> Teacher:
     """Checkpoints of classifiers and of language models are often kept without a pooling layer: a random one in its
-    place would say something else in each process."""
+    place would say something else in each process. Of an encoder and a decoder, as T5's, the encoder is the teacher."""
     tower, lacking = load_with_gaps(modality, folder)
+    if modality == "text" and hasattr(tower, "encoder") and hasattr(tower, "decoder"):
+        tower, lacking = tower.encoder, [name for name in lacking if not name.startswith("decoder.")]
     beside = [name for name in lacking if not name.startswith("pooler.")]
     if beside:
         raise ValueError(
@@ -177,4 +187,11 @@ def _single_modal(modality: Modality, folder: str) -> Teacher:
         )
     if lacking:
         tower.pooler = None
+    if tower.config.model_type == "vit_mae":
+        tower.embeddings.random_masking = _all_patches
     return Teacher(tower, nn.Identity(), folder)
+
+
+def _all_patches(sequence: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, None, None]:
+    """A masked autoencoder's patches (B, V, width) in their order, none masked: what it says is not drawn."""
+    return sequence, None, None

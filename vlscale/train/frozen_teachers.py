@@ -24,7 +24,7 @@ from vlscale.data.tokens import tokenise
 from vlscale.evaluate.run import longest_text
 from vlscale.models.hf_folder import load_image_processor, load_tokenizer
 from vlscale.models.teachers import Teacher, Teachers, load_teacher
-from vlscale.models.towers import check_room
+from vlscale.models.towers import check_room, one_line
 from vlscale.sections import TeacherConfig
 from vlscale.train.checkpoint_folder import CHECKPOINTS, by_step, read_manifest
 
@@ -156,8 +156,8 @@ def stamp_text(stamp: Stamp) -> str:
 def _width(named: str, probe: Callable[[], torch.Tensor]) -> int:
     try:
         return probe().shape[1]
-    except (AttributeError, TypeError):
-        raise ValueError(f"teacher {named}: its tower gives no pooler_output, which is what a teacher says") from None
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"teacher {named} cannot embed a sample: {one_line(error)}") from None
 
 
 def _hash_weights(teacher: Teacher) -> str:
