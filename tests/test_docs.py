@@ -202,7 +202,7 @@ def test_a_message_is_what_its_command_says(troubled, monkeypatch, capsys, messa
 def test_every_page_is_tried_and_its_links_exist():
     pages = {path.name: path.read_text() for path in DOCS.glob("*.md")}
     tried_here = {"pretrain.md", "finetune.md", "rerank.md", "teachers.md", "kernels.md", "troubleshooting.md"}
-    tried_elsewhere = {"method.md", "scaling.md", "reliability.md"}  # test_method_study, test_plan, tests they name
+    tried_elsewhere = {"method.md", "scaling.md", "reliability.md"}  # test_method_resume, test_plan, tests they name
     assert tried_here | tried_elsewhere == pages.keys()
     for name in pages:
         links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", pages[name]) if "://" not in link]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -35,6 +36,23 @@ def analyse():
         yield analyse
     finally:
         del sys.path[:2]
+
+
+def test_every_difference_in_the_docs_is_one_of_a_result():
+    """Rows of five endpoints, each a mean and its interval, stand in a differences.csv of benchmarks/results/."""
+    kept: dict[tuple, dict[str, list[float]]] = {}
+    for path in (benchmarks_folder() / "results").glob("*-differences.csv"):
+        for row in csv.DictReader(path.open()):
+            own = kept.setdefault((path.name, row["level"], row["first"], row["second"]), {})
+            own[row["endpoint"]] = [float(row[key]) for key in ("mean", "t_low", "t_high")]
+    results = np.array([[own[name] for name in ("rsum", "i2i", "t2t", "i2it", "t2it")] for own in kept.values()])
+    told = 0
+    for line in (Path(__file__).resolve().parents[1] / "docs" / "method.md").read_text().splitlines():
+        shown = [re.findall(r"[-+]?[\d.]+", cell) for cell in line.split("|")[2:-1]]
+        if [len(cell) for cell in shown] == [3] * 5 and "[" in line:
+            told += 1
+            assert (abs(results - np.array(shown, dtype=float)) < 0.0501).all((1, 2)).any(), line
+    assert told > 50
 
 
 def test_an_interval_of_equal_differences_is_a_point():
