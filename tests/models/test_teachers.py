@@ -81,6 +81,16 @@ def test_pictures_without_a_pooling_layer_speak_by_their_class_token(kind, tmp_p
     assert teacher.width == 32
 
 
+def test_a_convolutional_tower_speaks_by_its_pooled_channels(tmp_path):
+    config = AutoConfig.for_model("resnet", embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    saved = AutoModel.from_config(config).eval()
+    saved.save_pretrained(tmp_path)
+    teacher, pixels = load_teacher("vision", str(tmp_path)), torch.randn(3, 3, 32, 32)
+    said = saved(pixel_values=pixels).pooler_output.reshape(3, 12)
+    torch.testing.assert_close(teacher(pixel_values=pixels), F.normalize(said, dim=1))
+    assert teacher.width == 12
+
+
 def test_a_picture_model_that_says_nothing_is_refused_in_one_line(tmp_path):
     small = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_encoder_blocks": 2, "sr_ratios": [1, 1], "image_size": 32}
     small |= {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 1], "mlp_ratios": [1, 1]}

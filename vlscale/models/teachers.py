@@ -43,8 +43,11 @@ class Teacher:
 
     @property
     def width(self) -> int:
-        """D_teacher."""
-        return getattr(self.projection, "out_features", None) or siglip.pooled_width(self.tower)
+        """D_teacher. Configs of convolutional towers do not tell; these take pictures of any size."""
+        known = getattr(self.projection, "out_features", None) or siglip.pooled_width(self.tower)
+        if known is not None:
+            return known
+        return self(pixel_values=torch.zeros(1, 3, 64, 64, device=next(self.tower.parameters()).device)).shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
         self.tower.to(device, dtype)
@@ -63,7 +66,7 @@ class Teacher:
         """(B, width). `mask`: (B, L) of captions; None for pictures."""
         pooled = getattr(out, "pooler_output", None)
         if pooled is not None:
-            return pooled
+            return pooled.flatten(1)  # ResNet's is (B, width, 1, 1)
         if mask is not None:
             mask = mask.unsqueeze(2)
             return (out.last_hidden_state.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
