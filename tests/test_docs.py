@@ -90,7 +90,7 @@ def place(tmp_path, monkeypatch, scenes, tokenizer) -> Path:
     karpathy(tmp_path, scenes)
     save_clip(tmp_path / "clip-vit-base-patch32", tokenizer)
     save_dinov2(tmp_path / "dinov2-base")
-    save_minilm(tmp_path / "all-MiniLM-L6-v2", tokenizer)
+    save_minilm(tmp_path / "all-MiniLM-L6-v2", tokenizer, initializer_range=0.3)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -18,8 +18,8 @@ from vlscale.sections import ObjectiveConfig, TeacherConfig
 PROJECTIONS = {"vision": "visual_projection", "text": "text_projection"}
 LEAST_ROWS = 8  # below, equal relations may be chance
 # How far the entropy of relations is below its maximum, as a share of it. Trained teachers of the demo: 0.49 (pictures)
-# and 0.14 (captions) at temperature 0.1, untrained towers of the tests 9e-3 and more. 1e-6 are cosines whose standard
-# deviation is 3e-4, 1e-4 of 3e-3.
+# and 0.14 (captions) at temperature 0.1, barely trained towers of the tests 4e-3 and more. 1e-6 are cosines whose
+# standard deviation is 3e-4, 1e-4 those of 3e-3.
 CONSTANT = 1e-6  # and below
 WEAK = 1e-4
 _JUDGED = 256  # rows: their relations are compared all with all
