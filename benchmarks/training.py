@@ -148,7 +148,8 @@ def run(impl: str, size: Size, given: argparse.Namespace, out: Path) -> dict:
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(given.ranks)]
     command += ["--master_port", str(free_port()), str(launch_folder() / "train.py"), str(path), "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"DS_ACCELERATOR": "cpu"} if given.small else {})
+    small = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (small if given.small else {})
     done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the run with impl={impl} ended with {done.returncode}: {done.stderr[-2000:]}")
