@@ -59,8 +59,13 @@ def received(host: str) -> int:
 
 
 def test_one_job_over_the_wire_equals_one_process(hosts, tiny_config, tmp_path):
-    """torchrun on each, rendezvous at the first one's address; gradients cross the wire and nothing else differs."""
+    """torchrun on each, rendezvous at the first one's address; gradients cross the wire and nothing else differs.
+
+    Of a model of 4 MB, beside which what launchers and libraries say to each other is little, the first host gets 5.5
+    times its size in three steps: 1.5 of weights, half of them a step, and 3 of gradients, reduced whole over gloo.
+    Either sent twice would make 7 or more."""
     overrides = ["train.max_steps=3", "train.checkpoint_every=3", "log.progress=false"]
+    overrides += [f"model.{tower}.config.intermediate_size=8192" for tower in ("vision", "text")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29400", "--rdzv-id", "two-hosts"]
     job = [str(launch_folder() / "train.py"), str(tiny_config), "--out", str(tmp_path / "two"), *overrides]
@@ -83,4 +88,4 @@ def test_one_job_over_the_wire_equals_one_process(hosts, tiny_config, tmp_path):
     assert [line["keys"] for line in two] == [line["keys"] for line in one] and len(two) == 3
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     parameters = (tmp_path / "two" / "final" / "model.safetensors").stat().st_size
-    assert over_the_wire > 2 * parameters  # gradients and weights of three steps, half of each
+    assert 2 * parameters < over_the_wire < 6.5 * parameters
