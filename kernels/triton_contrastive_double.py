@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .chunked import spans
 from .chunked_contrastive import Weights
-from .triton_tiles import WIDEN, Config, Work, choose_config, same_pair
+from .triton_tiles import INTERPRETING, Config, Work, choose_config, same_pair
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def products(
         left, right = row_mask & (k < D - start)[None, :], column_mask & (k < D - start)[:, None]
         x, u = tl.load(x_ptr + rows + start, left, 0.0), tl.load(u_ptr + rows + start, left, 0.0)
         y, v = tl.load(y_ptr + columns + start, right, 0.0), tl.load(v_ptr + columns + start, right, 0.0)
-        if WIDEN:
+        if INTERPRETING:
             x, y, u, v = x.to(tl.float32), y.to(tl.float32), u.to(tl.float32), v.to(tl.float32)
         s = tl.dot(x, y, s, input_precision="ieee")
         a = tl.dot(u, y, a, input_precision="ieee")

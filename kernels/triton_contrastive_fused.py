@@ -24,7 +24,7 @@ from .chunked import spans
 from .chunked_contrastive import Weights
 from .triton_gradient import SideGradient
 from .triton_passes import add_parts
-from .triton_tiles import STORED_SCALE, WIDEN, Config, exponential, fused_config
+from .triton_tiles import INTERPRETING, STORED_SCALE, Config, exponential, fused_config
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def fused_gradient_kernel(
         loaded = column_ok[:, None] & feature_ok[None, :]
         y_place = y_ptr + tl.cast(first, tl.int64) * stride_y + (column[:, None] * stride_y + features[None, :])
         y = tl.load(y_place, mask=loaded, other=0.0)
-        if WIDEN:
+        if INTERPRETING:
             s = scale * tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), input_precision="ieee")
         else:
             s = scale * tl.dot(x, tl.trans(y), input_precision="ieee")

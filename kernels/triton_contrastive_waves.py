@@ -17,7 +17,7 @@ from .chunked_contrastive import Weights
 from .triton_gradient import Centred, SideGradient, add_product
 from .triton_passes import add_parts
 from .triton_tiles import (
-    WIDEN,
+    INTERPRETING,
     Config,
     Work,
     choose_config,
@@ -29,7 +29,9 @@ from .triton_tiles import (
     store_weights,
 )
 
-PART = tl.constexpr(32 if WIDEN else 64)  # columns of a tile that are worked on at once; interpreted tiles are smaller
+PART = tl.constexpr(
+    32 if INTERPRETING else 64
+)  # columns of a tile that are worked on at once; interpreted tiles are smaller
 
 
 @triton.jit

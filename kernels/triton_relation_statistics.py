@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .triton_relation import exponentials, relation_tile
-from .triton_tiles import WIDEN, side_by_side
+from .triton_tiles import INTERPRETING, side_by_side
 
 PART = tl.constexpr(32)  # columns of a tile that are worked on at once
 
@@ -49,8 +49,8 @@ def added(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
 
 @triton.jit
 def column_sums(s, t, difference, drift, curved):
-    """At once: multiprocessors wait less for all their warps. The interpreter is quicker one by one."""
-    if WIDEN:
+    """At once, so that a program's warps wait for each other less often. The interpreter is quicker one by one."""
+    if INTERPRETING:
         return tl.sum(s, 0), tl.sum(t, 0), tl.sum(difference, 0), tl.sum(drift, 0), tl.sum(curved, 0)
     else:
         return tl.reduce((s, t, difference, drift, curved), 0, added)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .chunked import HALF, spans
 from .chunked_retrieval import best_score, distinct
-from .triton_tiles import WIDEN, Config, Work, choose_config, product_tile
+from .triton_tiles import INTERPRETING, Config, Work, choose_config, product_tile
 
 KEPT = 64  # neighbours of one pass; more take one pass over the gallery for each 64
 PROGRAMS = 1024  # enough for any GPU: few queries spread the gallery over more programs
@@ -49,7 +49,7 @@ def listed_scores_kernel(
         for start in range(0, D, BLOCK_K):
             left = tl.load(a + start, mask=row_mask & (k < D - start)[None, :], other=0.0)
             right = tl.load(b + start, mask=entry_mask & (k < D - start)[:, None], other=0.0)
-            if WIDEN:
+            if INTERPRETING:
                 left, right = left.to(tl.float32), right.to(tl.float32)
             total = tl.dot(left, right, total, input_precision="ieee")
         own += tl.sum(tl.where(row[:, None] == column[None, :], total, 0.0), 1)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .chunked import HALF
 
-# Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: widen them first there.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: they are widened first there.
+INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STORED_SCALE = tl.constexpr(4096.0)  # of float16 gradient weights
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -166,7 +166,7 @@ def product_tile(
     for start in range(0, D, BLOCK_K):
         left = tl.load(a + start, mask=row_mask & (k < D - start)[None, :], other=0.0)
         right = tl.load(b + start, mask=column_mask & (k < D - start)[:, None], other=0.0)
-        if WIDEN:
+        if INTERPRETING:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
     return total
