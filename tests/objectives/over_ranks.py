@@ -35,9 +35,11 @@ class Case:
     spread: float = 1.0  # of the embeddings' norms: far from 1, one reference does not reach
     impl: str = "chunked"
     settings: tuple[tuple[str, str], ...] = field(default=())
+    locked: tuple[str, ...] = ()  # parts of the model that do not learn
 
     def __str__(self) -> str:
-        words = [self.objective, *(value for _, value in self.settings), self.comm, f"{self.chunks}chunks"]
+        words = [self.objective, *(value for _, value in self.settings), *(f"locked_{part}" for part in self.locked)]
+        words += [self.comm, f"{self.chunks}chunks"]
         words += [
             str(self.dtype)[6:],
             *(["ids"] if self.ids else []),
@@ -78,6 +80,17 @@ CASES += [
     for comm in COMMS
     for chunks in (1, 4)
 ]
+# Sums of terms as a config says them: second views, with pairs or, as teachers are trained, without; frozen teachers.
+SUMS = [(name, (("loss", loss),), ()) for name in ("views", "views_alone") for loss in ("softmax", "sigmoid")]
+SUMS += [("covlr", (("conflict", rule),), ()) for rule in ("keep", "scale", "project")]
+SUMS += [("rvlr", (("relation_distance", distance),), ("teachers",)) for distance in ("mae", "kl")]
+LOCKED = [(objective, (), (tower,)) for objective in ("contrastive", "sigmoid") for tower in ("image", "text")]
+CASES += [
+    Case(objective, comm, True, chunks, torch.float32, settings=settings, locked=locked)
+    for objective, settings, locked in SUMS + LOCKED
+    for comm in (COMMS if (objective, settings, locked) in SUMS else COMMS[:2])
+    for chunks in (1, 4)
+]
 CASES += [Case("contrastive", comm, ids, spread=20.0) for comm in ("gather", "ring") for ids in (False, True)]
 CASES += [
     Case("relation_kl", comm, spread=20.0, settings=(("scope", scope), ("relation", "cosine")))
@@ -109,7 +122,14 @@ TRITON += [
 ]
 
 
-OFFICIAL = {"iic_weight": 1, "ttc_weight": 2, "kd_weight": 2, "kd_image_weight": 1, "kd_text_weight": 0.7}
+RVLR = {"iic_weight": 1, "ttc_weight": 2, "kd_weight": 2, "kd_image_weight": 1, "kd_text_weight": 0.7, "name": "rvlr"}
+TOTALS = {  # by objective, what a config would say
+    "views": {"view_weight": 0.7, "caption_weight": 0.4},
+    "views_alone": {"contrastive_weight": 0, "view_weight": 1, "caption_weight": 1},
+    "covlr": {"name": "covlr", "relation_weight_image": 2, "relation_weight_text": 0.7, "teacher_temperature": 0.02},
+    "rvlr": RVLR,
+    "rvlr_cross": RVLR | {"cross_modal_relation": True},
+}
 
 
 class Small(nn.Module):
@@ -126,10 +146,14 @@ class Small(nn.Module):
         self.taus = nn.Parameter(torch.tensor([0.2, 0.1]))
 
     def forward(self, inputs: torch.Tensor, ids: torch.Tensor, case: Case, ranks: Ranks) -> torch.Tensor:
-        """The loss of all ranks' rows; `inputs` (2, b, FEATURES), `ids` (b,) are this rank's."""
+        """The loss of all ranks' rows; `inputs` (2, b, FEATURES), `ids` (b,) are this rank's. A second view of a
+        picture is what the other tower sees of it."""
+        for part in case.locked:
+            getattr(self, part).requires_grad_(False)
         chunk = len(ids) // case.chunks if case.chunks > 1 else None
         unit = lambda tower: lambda rows: case.spread * F.normalize(tower(rows), dim=1)  # noqa: E731
-        image, text = (in_chunks(unit(t), chunk, rows) for t, rows in zip((self.image, self.text), inputs, strict=True))
+        seen = torch.cat([inputs, inputs.flip(0)], 1) if case.objective.startswith("views") else inputs
+        image, text = (in_chunks(unit(t), chunk, rows) for t, rows in zip((self.image, self.text), seen, strict=True))
         how = {"ranks": ranks, "comm": case.comm, "impl": case.impl}
         pair_id = ids if case.ids else None
         if case.objective == "contrastive":
@@ -138,8 +162,8 @@ class Small(nn.Module):
             return sharded_sigmoid_loss(image, text, self.log_scale.exp(), self.bias, pair_id=pair_id, **how)
         teachers = [unit(teacher)(inputs[0]) for teacher in self.teachers]
         settings = dict(case.settings)
-        if case.objective.startswith("rvlr"):
-            return self.rvlr(image, text, teachers, ids, case, ranks)
+        if case.objective in TOTALS:
+            return self.total(image, text, teachers, ids, case, ranks)
         if case.objective == "relation_match":
             tau = self.taus[0]
             return sharded_relation_match_loss(
@@ -150,12 +174,17 @@ class Small(nn.Module):
             image, teachers, teacher_weights=self.teacher_weights, **taus, **settings, **how
         )
 
-    def rvlr(self, image, text, teachers: list[torch.Tensor], ids, case: Case, ranks: Ranks) -> torch.Tensor:
-        """Every term but those of a fusion encoder; what the second teacher says also serves as the projections."""
-        cross = case.objective == "rvlr_cross"
-        o = ObjectiveConfig(name="rvlr", impl=case.impl, cross_modal_relation=cross, **OFFICIAL, **dict(case.settings))
+    def total(self, image, text, teachers: list[torch.Tensor], ids, case: Case, ranks: Ranks) -> torch.Tensor:
+        """Every term but those of a fusion encoder; what the second teacher says also serves as the projections.
+        CoVLR's teachers are frozen, want each modality away from the other, and its neighbours nearer than contrast
+        does: gradients conflict."""
+        o = ObjectiveConfig(impl=case.impl, **TOTALS[case.objective], **dict(case.settings))
+        (image, *second_image), (text, *second_text) = image.split(len(ids)), text.split(len(ids))
+        if o.name == "covlr":
+            teachers = [F.normalize(a - 0.3 * b, dim=1).detach() for a, b in ((image, text), (text, image))]
         rows = Embedded(
-            image, text, self.log_scale.exp(), None, ids, teacher_image=teachers[0], teacher_text=teachers[1],
+            image, text, self.log_scale.exp(), self.bias if o.loss == "sigmoid" else None, ids,
+            *second_image, *second_text, teacher_image=teachers[0], teacher_text=teachers[1],
             projected_teacher_image=teachers[1], projected_teacher_text=teachers[1], text_share=self.teacher_weights[0],
         )  # fmt: skip
         return total_loss(rows, o, ranks, case.comm)[0]

@@ -57,6 +57,28 @@ def check(
         assert error <= allowed, f"{name}: off by {error:.1e}"
 
 
+def test_every_objective_is_there_by_every_way_and_number_of_chunks():
+    """In float32: each objective with each of its settings by gather, ring and, for relations and sums of terms, half
+    ring, in 1 and 4 chunks."""
+    found: dict[tuple, set] = {}
+    for case in o.CASES:
+        if case.dtype == torch.float32:
+            found.setdefault((case.objective, case.settings, case.locked), set()).add((case.comm, case.chunks))
+    kernels = {"contrastive", "sigmoid", "relation_kl", "relation_match"}
+    assert {objective for objective, *_ in found} == kernels | o.TOTALS.keys()
+    for (objective, *_), ways in found.items():
+        comms = o.COMMS[:2] if objective in ("contrastive", "sigmoid") else o.COMMS
+        assert ways == {(comm, chunks) for comm in comms for chunks in (1, 4)}, objective
+
+
+def test_rules_of_conflict_change_the_gradient_that_ranks_are_held_to():
+    rules = ("keep", "scale", "project")
+    cases = [o.Case("covlr", ids=True, settings=(("conflict", rule),)) for rule in rules]
+    first, *others = (torch.cat([g.flatten() for g in truth_of(case).values()]) for case in cases)
+    for other in others:
+        assert (other - first).norm() > 1e-2 * first.norm()
+
+
 def bound_of(case: o.Case) -> float:
     if case.dtype == torch.float32:
         return 1e-5

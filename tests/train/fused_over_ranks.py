@@ -50,28 +50,31 @@ class Case:
 
 
 RVLR = {"name": "rvlr", "itm_weight": 2, **OFFICIAL}
-EVERYTHING = RVLR | {"relation_distance": "kl", "mlm_weight": 0.7, "mlm_probability": 0.3, "caption_weight": 0.5}
+EVERYTHING = RVLR | {"relation_distance": "kl", "mlm_weight": 0.7, "mlm_probability": 0.3}
+EVERYTHING |= {"view_weight": 0.4, "caption_weight": 0.5}
 KINDS = {
     "itm": {"contrastive_weight": 0.3, "itm_weight": 1.5},
     "itm sigmoid": {"loss": "sigmoid"},
     "mlm": {"mlm_weight": 1, "itm_weight": 0, "mlm_probability": 0.4},
     **{f"rvlr {kind}": RVLR | {"relation_distance": kind} for kind in ("mae", "mse", "wasserstein")},
     "everything": EVERYTHING,
+    "two views": {"contrastive_weight": 0, "itm_weight": 0, "view_weight": 1, "caption_weight": 0.6},  # without fusion
 }
 CASES = [Case(name, own) for name, own in KINDS.items()]
 CASES += [Case(name, KINDS[name], 4) for name in ("itm", "mlm", "everything")]
-CASES += [Case("everything", EVERYTHING, chunks, torch.float32) for chunks in (1, 4)]
 CASES += [
-    Case(name, KINDS[name], chunks, torch.float32, comm)
-    for name in ("itm", "itm sigmoid", "rvlr mae", "everything")
-    for comm in ("ring", "half_ring")
+    Case(name, own, chunks, torch.float32, comm)
+    for name, own in KINDS.items()
+    for comm in ("gather", "ring", "half_ring")
     for chunks in (1, 4)
 ]
 
 
 def model(sigmoid: bool, dtype: torch.dtype) -> DualEncoder:
     torch.manual_seed(0)
-    bert = TOWER | {"model_type": "bert", "vocab_size": WORDS, "num_hidden_layers": 2, "initializer_range": 0.2}
+    # Key biases have a true gradient of zero. At twice this range an attention's own rounding in float32 is above the
+    # bound for them, in one process too, whatever the loss.
+    bert = TOWER | {"model_type": "bert", "vocab_size": WORDS, "num_hidden_layers": 2, "initializer_range": 0.1}
     vit = TOWER | {"model_type": "vit", "image_size": SIDE, "patch_size": 8, "num_hidden_layers": 1, "hidden_size": 24}
     given = {"embed_dim": D, "dropout": 0.0, "logit_bias_init": -2.0, "fusion": {"source": "text"}}
     towers = {"vision": {"config": vit}, "text": {"config": bert | {"max_position_embeddings": LENGTH + 2}}}
@@ -98,7 +101,7 @@ def whole_batch() -> Batch:
         images=draw(0, 256, (N, 3, SIDE, SIDE)).byte(),
         input_ids=draw(4, WORDS, (N, LENGTH)) * mask,
         attention_mask=mask,
-        second_images=None,
+        second_images=draw(0, 256, (N, 3, SIDE, SIDE)).byte(),
         second_input_ids=draw(4, WORDS, (N, 4)),
         second_attention_mask=torch.ones(N, 4, dtype=torch.long),
         state=None,
@@ -109,14 +112,16 @@ def whole_batch() -> Batch:
     )
 
 
-def part_of(batch: Batch, ranks: Ranks, second: bool) -> Batch:
-    """A rank's rows, its captions cut to the longest of them."""
+def part_of(batch: Batch, ranks: Ranks, objective: ObjectiveConfig) -> Batch:
+    """A rank's rows, its captions cut to the longest of them, and what second views the objective looks at."""
     rows = slice(ranks.rank * N // ranks.size, (ranks.rank + 1) * N // ranks.size)
     own = {name: value[rows] for name, value in vars(batch).items() if torch.is_tensor(value) or name == "keys"}
     longest = int(own["attention_mask"].sum(1).max())
     own |= {name: own[name][:, :longest] for name in ("input_ids", "attention_mask")}
-    if not second:
+    if not objective.caption_weight:
         own |= {"second_input_ids": None, "second_attention_mask": None}
+    if not objective.view_weight:
+        own |= {"second_images": None}
     return replace(batch, **own)
 
 
@@ -129,7 +134,7 @@ def step_parts(case: Case, ranks: Ranks) -> StepParts:
 def gradient(case: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
     """The loss, its parts, and each parameter's gradient after the average that an engine makes."""
     encoder = model(case.of.loss == "sigmoid", case.dtype).to(ranks.device)
-    batch = part_of(whole_batch(), ranks, case.of.caption_weight > 0)
+    batch = part_of(whole_batch(), ranks, case.of)
     loss, metrics = total_loss(embed(encoder, step_parts(case, ranks), batch), case.of, ranks, case.comm)
     loss.backward()
     return {"loss": loss.detach(), "metrics": metrics} | averaged(dict(encoder.named_parameters()), ranks)
@@ -141,7 +146,7 @@ def truth(case: Case) -> dict[str, torch.Tensor]:
     encoder, o = model(case.of.loss == "sigmoid", torch.float64), case.of.model_copy(update={"impl": "reference"})
     alone = case.objective | {"itm_weight": 0, "mlm_weight": 0}
     parts = step_parts(replace(case, objective=alone, chunks=1, dtype=torch.float64), Ranks())
-    rows = embed(encoder, parts, part_of(batch, Ranks(), o.caption_weight > 0))
+    rows = embed(encoder, parts, part_of(batch, Ranks(), o))
     vision = encoder.vision_model(normalise(batch.images, SPEC).double()).last_hidden_state
     text = encoder.text_model(batch.input_ids, batch.attention_mask).last_hidden_state
     fused = encoder.fusion(text, batch.attention_mask, vision)
