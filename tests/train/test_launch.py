@@ -4,6 +4,7 @@ machines of a hostfile."""
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -103,13 +104,20 @@ def test_a_wrong_config_is_said_once_and_ends_with_2(tiny_config, tmp_path):
 STEPS = ["train.max_steps=3", "train.checkpoint_every=3", "log.progress=false"]
 
 
-def launch_on(hosts: str, config: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    """As one types it: `deepspeed --hostfile FILE launch/train.py CONFIG --out DIR`, in `folder`. What machines are to
-    know beside the command stands in DeepSpeed's own file."""
+DEEPSPEED = ["-m", "deepspeed.launcher.runner"]
+TRYING_FIRST = [str(launch_folder() / "hosts.py")]
+
+
+def launch_on(
+    hosts: str, config: Path, folder: Path, *overrides: str, by: list[str] = DEEPSPEED
+) -> subprocess.CompletedProcess:
+    """As one types it: `deepspeed --hostfile FILE launch/train.py CONFIG --out DIR`, in `folder`, or `python
+    launch/hosts.py` in place of its first word. What machines are to know beside the command stands in DeepSpeed's own
+    file."""
     (folder / "hostfile").write_text(hosts)
     known = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in known.items()))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(folder / "hostfile")]
+    command = [sys.executable, *by, "--quiet", "--hostfile", str(folder / "hostfile")]
     command += ["--master_port", str(free_port()), str(launch_folder() / "train.py"), str(config)]
     environment = os.environ | known | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     how = {"env": environment, "cwd": folder, "capture_output": True, "text": True, "timeout": 900}
@@ -118,13 +126,50 @@ def launch_on(hosts: str, config: Path, folder: Path, *overrides: str) -> subpro
 
 def test_a_rank_on_each_machine_of_a_hostfile_follows_one_process(tiny_config, tmp_path):
     asked = stand_in(tmp_path / "bin")
-    done = launch_on("near slots=1\nfar slots=1\n", tiny_config, tmp_path)
+    done = launch_on("near slots=1\nfar slots=1\n", tiny_config, tmp_path, by=TRYING_FIRST)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert asked.read_text().split().count("far") == 1  # `near` is asked for its name and address before
+    assert asked.read_text().split().count("far") == 2  # to see that it is there, and to start the rank
     train_plan(load_plan(tiny_config, STEPS), tmp_path / "one", resume=False)
     two, one = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert [line["keys"] for line in two] == [line["keys"] for line in one] and len(two) == 3
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+
+
+@pytest.mark.parametrize("hosts", ["away slots=1\nnear slots=1\n", "near slots=1\naway slots=1\n", "away slots=1\n"])
+def test_machines_are_tried_before_a_job_is_spent(hosts, tiny_config, tmp_path):
+    asked = stand_in(tmp_path / "bin")
+    done = launch_on(hosts, tiny_config, tmp_path, by=TRYING_FIRST)
+    assert done.returncode == 2 and not (tmp_path / "two").exists()
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(
+        "error: hostfile: host away not reached: ssh: connect to host away port 22: No route to host;"
+    )
+    assert said.endswith("or take away out of the hostfile")
+    assert sorted(asked.read_text().split()) == sorted(line.split()[0] for line in hosts.splitlines())
+
+
+def test_only_machines_that_take_part_are_tried(monkeypatch, tmp_path):
+    """By --exclude, --include and --num_nodes, at --ssh_port; by --no_ssh none is."""
+    hosts = runpy.run_path(TRYING_FIRST[0])
+    asked = []
+    monkeypatch.setitem(hosts["check_machines"].__globals__, "check_hosts", lambda *given: asked.append(given))
+    monkeypatch.setitem(hosts["check_machines"].__globals__, "check_pdsh", lambda names: asked.append(names))
+    (tmp_path / "hostfile").write_text("a slots=2\nb slots=2\nc slots=2\n")
+    tried = {
+        "--exclude=b": [(["a", "c"], None), ["a", "c"]],
+        "--include=c:0": [(["c"], None), ["c"]],
+        "--num_nodes=2": [(["a", "b"], None), ["a", "b"]],
+        "--ssh_port=2222": [(["a", "b", "c"], 2222), ["a", "b", "c"]],
+        "--launcher=openmpi": [(["a", "b", "c"], None)],
+        "--no_ssh": [],
+    }
+    for option, expected in tried.items():
+        asked.clear()
+        hosts["check_machines"]([f"--hostfile={tmp_path / 'hostfile'}", option, "launch/train.py", "x.yaml"])
+        assert asked == expected, option
+    for wrong, said in (("none", "none does not exist"), ("hostfile", "Hostname 'd' not found")):
+        with pytest.raises(ValueError, match=said):
+            hosts["check_machines"]([f"--hostfile={tmp_path / wrong}", "--include=d", "launch/train.py"])
 
 
 def test_a_machine_that_is_not_reached_is_named_in_one_line(tiny_config, tmp_path):

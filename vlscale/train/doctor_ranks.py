@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -77,16 +78,39 @@ def examine_hostfile(path: Path) -> list[Finding]:
     tries only the first one."""
     hosts = read_hostfile(path)
     found = try_hosts(hosts)
-    if len(hosts) > 1 and shutil.which("pdsh") is None:
-        change = "install pdsh, through which deepspeed starts ranks on several machines, or give it another --launcher"
-        found.append(Finding("pdsh", "not found", "fail", change))
+    try:
+        check_pdsh(hosts)
+    except ValueError as error:
+        value, change = str(error).removeprefix("pdsh: ").split("; ", 1)
+        found.append(Finding("pdsh", value, "fail", change))
     return found
 
 
-def try_hosts(hosts: Sequence[str]) -> list[Finding]:
+def check_pdsh(hosts: Sequence[str]) -> None:
+    if len(hosts) > 1 and shutil.which("pdsh") is None:
+        raise ValueError(
+            "pdsh: not found; install pdsh, through which deepspeed starts ranks on several machines, or give it "
+            "another --launcher"
+        )
+
+
+def check_hosts(hosts: Sequence[str], port: int | None = None) -> None:
+    """Raises ValueError that names every machine which ssh does not reach."""
+    said = unreached(hosts, port)
+    if said is not None:
+        raise ValueError(f"hostfile: {said}")
+
+
+def unreached(hosts: Sequence[str], port: int | None = None) -> str | None:
+    """The machines that ssh does not reach, why, and what to change for the first; None where it reaches all."""
+    faults = [found for found in try_hosts(hosts, port) if found.level == "fail"]
+    return "; ".join([*(f"{found.name} {found.value}" for found in faults), faults[0].change]) if faults else None
+
+
+def try_hosts(hosts: Sequence[str], port: int | None = None) -> list[Finding]:
     """By ssh, at once."""
     with ThreadPoolExecutor(max_workers=min(64, max(len(hosts), 1))) as pool:
-        return list(pool.map(_reach, hosts))
+        return list(pool.map(partial(_reach, port=port), hosts))
 
 
 def read_hostfile(path: Path) -> list[str]:
@@ -108,9 +132,10 @@ def read_hostfile(path: Path) -> list[str]:
     return hosts
 
 
-def _reach(host: str) -> Finding:
+def _reach(host: str, port: int | None = None) -> Finding:
     """Without a password and without asking, as DeepSpeed's launcher will."""
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
+    options += [] if port is None else ["-p", str(port)]
     command = ["ssh", *options, host, "true"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SSH_SECONDS)

@@ -50,9 +50,7 @@ def _what_is_wrong(size: int, seconds: float, error: str) -> str:
     if came is None:  # the port is taken, or not reached
         return f"ranks meet at {address}, which failed: {error.splitlines()[0]}; see that rank 0 runs, and its port"
     said = f"{came[1]} of {size} ranks came to {address} within {seconds:g} s"
-    from vlscale.train.doctor_ranks import try_hosts  # which is needed by no run that starts
+    from vlscale.train.doctor_ranks import unreached  # which is needed by no run that starts
 
-    faults = [found for found in try_hosts(launched_hosts()) if found.level == "fail"]
-    if not faults:
-        return f"{said}; the others' own output says why, and `vlscale doctor` on each machine what it lacks"
-    return "; ".join([said, *(f"{found.name} {found.value}" for found in faults), faults[0].change])
+    unknown = "the others' own output says why, and `vlscale doctor` on each machine what it lacks"
+    return f"{said}; {unreached(launched_hosts()) or unknown}"
