@@ -1,5 +1,6 @@
 """Shared: a small synthetic corpus, a tiny config for it, and the folder of real data where there is one."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -49,6 +50,12 @@ TINY = {
     "train": {"global_batch_size": 32, "max_steps": 6, "checkpoint_every": 2},
     "engine": {"threads": 1},
 }
+
+
+def pytest_collection_finish(session) -> None:
+    """Each run that ends collects garbage: among its own objects then, not among all that were imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
