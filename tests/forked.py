@@ -1,16 +1,103 @@
 """A `vlscale` command whose processes are forked from one that has imported everything: a tenth of a second each.
 
-Each is a process of its own, with its own folder, environment, output and exit code, as when it is started anew.
+Each is a process of its own, with its own folder, environment, output and exit code, as when it is started anew: by
+`start_command` from a test, and by the script of `vlscale_command` from a shell.
 """
 
+import functools
+import gc
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.conftest import ROOT
+
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # read when libraries load
+PRELOADED = ["deepspeed", "matplotlib.pyplot", "vlscale.train.plan", "vlscale.report.write", "vlscale.export.folder"]
+PRELOADED += ["vlscale.export.teach", "vlscale.objectives", "vlscale.cli", "tests.forked"]
+
+
+@functools.cache
+def server() -> ForkServerContext:
+    """One for all tests of this process."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (ON_CPU | {"PYTHONPATH": str(ROOT)}).items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+@dataclass(frozen=True)
+class Command:
+    words: list[str]
+    out: Path
+    error: Path
+    folder: Path
+    environment: dict[str, str]
+    before: str = ""  # Python code that changes something first
+
+
+def start_command(command: Command) -> BaseProcess:
+    """Its `exitcode` is that of the command, or of the signal that killed it."""
+    process = server().Process(target=_become, args=(command,))
+    process.start()
+    return process
+
+
+def begin(environment: dict[str, str]) -> None:
+    """What a forked process does first."""
+    gc.freeze()  # closing an engine then looks through its own objects, not all imported ones
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _become(command: Command) -> None:
+    begin(command.environment)
+    for number, path in ((1, command.out), (2, command.error)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+    os.chdir(command.folder)
+    code = 0
+    try:
+        exec(command.before, {})
+        from vlscale.cli import main
+
+        main(command.words)
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_command(words: list[str], folder: Path | None = None, before: str = "") -> subprocess.CompletedProcess:
+    """`vlscale WORDS` in `folder`, to its end. Where there is a GPU it is started anew: no fork's child gets one."""
+    if torch.cuda.is_available():
+        code = f"{before}\nfrom vlscale.cli import main\nmain()"
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as place:
+        out, error = Path(place, "stdout.txt"), Path(place, "stderr.txt")
+        process = start_command(Command(words, out, error, folder or Path.cwd(), dict(os.environ), before))
+        process.join()
+        return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), error.read_text())
+
 
 SERVER = """
 import json, os, socket, sys, traceback

@@ -4,6 +4,7 @@ A file of cases has one function of `Ranks` that makes all of them; `meet` runs 
 computed lies on `ranks.device`, what it is compared with on the CPU.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.forked import begin, server
 from vlscale.distributed import Ranks
 
 DEVICES = {"gloo": "cpu", "nccl": "cuda"}  # by backend
@@ -40,11 +42,16 @@ def worlds(*sizes: int) -> list:
 
 def meet(work: Callable[[Ranks], dict[Any, Any]], world: World, folder: Path) -> list[dict[Any, Any]]:
     """What `work` finds on each rank, tensors on the CPU. `folder` is new and empty."""
-    multiprocessing.spawn(_on_rank, (work, world, str(folder)), nprocs=world.size)
+    given, method = (work, world, str(folder), dict(os.environ)), "spawn"  # a GPU is not for the children of a fork
+    if DEVICES[world.backend] == "cpu":
+        server()
+        method = "forkserver"
+    multiprocessing.start_processes(_on_rank, given, nprocs=world.size, start_method=method)
     return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(world.size)]
 
 
-def _on_rank(rank: int, work: Callable[[Ranks], dict[Any, Any]], world: World, folder: str) -> None:
+def _on_rank(rank: int, work: Callable[[Ranks], dict[Any, Any]], world: World, folder: str, environment: dict) -> None:
+    begin(environment)
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if DEVICES[world.backend] == "cuda":

@@ -38,7 +38,6 @@ CASES = {
 VARIED = "{vision: {config: {initializer_range: 0.2}}}"  # pictures differ to the untrained tower too
 # Parameters of any size are split over ranks, and gradients fill many buckets, as a large model's do.
 SPLIT = "deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0, reduce_bucket_size: 8192}}"
-UNCOLLECTED = "import gc; gc.freeze()"  # closing an engine then looks through its own objects, not all imported ones
 WRONG = {  # what a plain training has to be refused for
     "sgd": ("gradient halved", "scale twice", "a chunk left out", "not clipped", "biases decay"),
     "adamw": ("a chunk left out", "not clipped", "biases decay"),
@@ -80,7 +79,7 @@ def trained(recipes, tmp_path_factory) -> Path:
     """One launch per world size, of all cases; all processes are forked from one."""
     place = tmp_path_factory.mktemp("trained")
     groups = [
-        Group([str(recipe), "--out", str(place / str(size)), "log.progress=false"], size, UNCOLLECTED)
+        Group([str(recipe), "--out", str(place / str(size)), "log.progress=false"], size)
         for size, recipe in recipes.items()
     ]
     for number, codes in enumerate(run_groups(place, groups)):
