@@ -1,15 +1,15 @@
-"""A launch of two ranks by the real launcher, which all tests of a file look at."""
+"""A training by two ranks, which all tests of a file look at."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.train.launcher import launch
+from tests.train.forked_ranks import Group, run_groups, said
 
 
 @pytest.fixture(scope="module")
 def launched(recipe, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("launched") / "out"
-    done = launch(recipe, out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    place = tmp_path_factory.mktemp("launched")
+    (codes,) = run_groups(place, [Group([str(recipe), "--out", str(place / "out")], 2)])
+    assert codes == [0, 0], said(place, 0)[-4000:] + said(place, 0, 1)[-4000:]
+    return place / "out"

@@ -1,5 +1,5 @@
-"""Updates that are the mean of several losses, states and weights on the host, blocks computed again: by the real
-launcher on two ranks and on one, against plain PyTorch on one process."""
+"""Updates that are the mean of several losses, states and weights on the host, blocks computed again: on two ranks and
+on one, against plain PyTorch on one process."""
 
 import json
 import shutil

@@ -1,5 +1,4 @@
-"""A fusion encoder at every ZeRO stage, in fp32 and bf16, by chunks and in every meta mode, by the real launcher on two
-ranks.
+"""A fusion encoder at every ZeRO stage, in fp32 and bf16, by chunks and in every meta mode, on two ranks.
 
 Against plain PyTorch on one process: one graph, AdamW, nothing of DeepSpeed or of the steps.
 """

@@ -1,4 +1,4 @@
-"""Every meta mode at every ZeRO stage, in fp32 and bf16, by the real launcher on two ranks.
+"""Every meta mode at every ZeRO stage, in fp32 and bf16, on two ranks.
 
 Against plain PyTorch on one process: functional parameters, create_graph, AdamW, nothing of DeepSpeed or of the steps.
 """
