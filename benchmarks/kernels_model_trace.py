@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HOPPER = (9, 0)
 MODULES = ("contrastive", "contrastive_fused", "contrastive_waves", "contrastive_double", "sigmoid", "relation_kl")
-MODULES += ("relation_match", "passes")
+MODULES += ("relation_match", "relation_passes", "passes")
 OPS = ("contrastive", "sigmoid", "relation_kl", "relation_match", "once")
 PASSES = {"pair_products_kernel", "partial_sums_kernel", "pair_terms_kernel", "deviations_kernel", "centre_kernel"}
+PASSES |= {"relation_bounds_kernel", "relation_sums_kernel", "weight_sums_kernel"}
 PASSES |= {"gradient_kernel"}  # around the kernels, without products
 BLOCKS = {"g_ptr", "h_ptr", "toward_ptr", "teacher_ptr"}  # a value a pair, in a buffer that may be larger
 SUMS = {"row_out_ptr", "column_out_ptr", "out_ptr", "along_ptr", "total_ptr", "row_total_ptr", "column_total_ptr"}

@@ -168,3 +168,10 @@ def as_weights(weights: Tensor | list[float] | None, teachers: list[Tensor], dty
     if tuple(weights.shape) != (len(teachers),):
         raise ValueError(f"teacher_weights: expected shape ({len(teachers)},), got {tuple(weights.shape)}")
     return weights.to(dtype)
+
+
+def as_logit_weights(weights: Tensor | list[float] | None, teachers: list[Tensor], temperature: Tensor) -> Tensor:
+    """Teacher weights over the temperature (0-d), (K,) of its dtype."""
+    if weights is None and len(teachers) == 1:
+        return temperature.reciprocal().reshape(1)
+    return as_weights(weights, teachers, temperature.dtype) / temperature

@@ -15,9 +15,9 @@ from . import chunked_relation_kl as tiles
 from . import reference
 from .checks import (
     as_autocast,
+    as_logit_weights,
     as_scalar,
     as_teachers,
-    as_weights,
     check_choice,
     check_embeddings,
     choose_impl,
@@ -27,7 +27,7 @@ from .checks import (
 from .chunked import full_precision
 from .chunked_relation import Relation, Sweep
 
-STATISTICS = 2 + tiles.SUMS  # the two references, then the sums of each row
+STATISTICS = 2 + tiles.SUMS  # the two references, then each row's sums, or coefficients that the kernels made of them
 
 
 def _relations(
@@ -63,16 +63,16 @@ def forward_op(
     matrix: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, statistics (7, N)); student_weight (1,), teacher (N, sum of widths), weights (K,)."""
+    """(loss, statistics); student_weight (1,), teacher (N, sum of widths), weights (K,)."""
     if _on_triton(weights, impl):
         from . import triton_relation_kl as kernels
 
         operands = _operands(student, student_weight, teacher, weights, widths, relation)
-        *references, sums = kernels.relation_kl_sums(*operands, matrix=matrix)
-    else:
-        s, t = _relations(student, student_weight, teacher, weights, widths, relation)
-        found, sums = tiles.relation_kl_sums(s, t, matrix=matrix)
-        references = [found.student.expand(len(student)), found.teacher.expand(len(student))]
+        loss, statistics = kernels.relation_kl_forward(*operands, matrix=matrix)
+        return loss.to(weights.dtype), statistics
+    s, t = _relations(student, student_weight, teacher, weights, widths, relation)
+    found, sums = tiles.relation_kl_sums(s, t, matrix=matrix)
+    references = [found.student.expand(len(student)), found.teacher.expand(len(student))]
     loss = tiles.relation_kl_terms(sums.double().sum(1, keepdim=True) if matrix else sums).mean()
     rows = torch.stack(references)
     return loss.to(weights.dtype), torch.cat([rows, sums])
@@ -80,7 +80,8 @@ def forward_op(
 
 @forward_op.register_fake
 def _(student, student_weight, teacher, weights, widths, relation, matrix, impl):
-    return weights.new_empty(()), weights.new_empty(STATISTICS, student.shape[0])
+    rows = STATISTICS + _on_triton(weights, impl)  # the kernels' flags are one more
+    return weights.new_empty(()), weights.new_empty(rows, student.shape[0])
 
 
 def _references(statistics: Tensor, *, matrix: bool) -> tuple[tiles.References, Sweep]:
@@ -108,38 +109,32 @@ def backward_op(
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the four tensors; empty (0,) for what is not wanted: the student's two, the teacher, its weights."""
-    n = len(student)
-    sums = statistics[2:]
-    if matrix:
-        sums = sums.double().sum(1, keepdim=True).expand(-1, n)
-    coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
-    mean = grad if matrix else grad / n
+    mean = grad if matrix else grad / len(student)
     want = {"want_student": want_student, "want_teacher": want_teacher, "want_weights": want_weights}
+    wanted = (want_student, want_student, want_teacher, want_weights)
+    inputs = (student, student_weight, teacher, weights)
     if _on_triton(weights, impl):
         from . import triton_relation_kl as kernels
 
         operands = _operands(student, student_weight, teacher, weights, widths, relation)
-        both = kernels.relation_kl_gradients(
-            *operands,
-            None,
-            coefficients,
-            coefficients,
-            Sweep.TRIANGLE,
-            0,
-            launches=kernels.launches_of(statistics[0], statistics[1], matrix=matrix),
-            **want,
+        launches, coefficients = kernels.launches_of(statistics, matrix=matrix), statistics[2:STATISTICS]
+        sides = kernels.relation_kl_gradients(
+            *operands, None, coefficients, coefficients, Sweep.TRIANGLE, 0, launches=launches, **want
         )
+        both = zip(sides, (student.dtype, teacher.dtype), strict=True)
+        found = [part for g, dtype in both for part in ((None, None) if g is None else g.finish(mean, dtype)[::2])]
     else:
+        sums = statistics[2:]
+        if matrix:
+            sums = sums.double().sum(1, keepdim=True).expand(-1, len(student))
+        coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
         s, t = _relations(student, student_weight, teacher, weights, widths, relation)
         references, sweep = _references(statistics, matrix=matrix)
-        both = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, sweep, 0, **want)
-    found = [part for g in both for part in ((None, None) if g is None else g.finish()[::2])]
-    wanted = (want_student, want_student, want_teacher, want_weights)
-    inputs = (student, student_weight, teacher, weights)
-    return tuple(
-        gradient.mul_(mean).to(of.dtype) if want else of.new_empty(0)
-        for gradient, of, want in zip(found, inputs, wanted, strict=True)
-    )
+        sides = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, sweep, 0, **want)
+        found = [part for g in sides for part in ((None, None) if g is None else g.finish()[::2])]
+        pairs = zip(found, inputs, wanted, strict=True)
+        found = [part.mul_(mean).to(of.dtype) if want else None for part, of, want in pairs]
+    return tuple(part if want else of.new_empty(0) for part, of, want in zip(found, inputs, wanted, strict=True))
 
 
 @backward_op.register_fake
@@ -170,11 +165,14 @@ def _(
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # of what comes with the loss
     ctx.save_for_backward(*inputs[:4], output[1])
     ctx.settings = inputs[4:]
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
     *tensors, statistics = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     grads = backward_op(grad, *tensors, *ctx.settings, statistics, needed[0] or needed[1], *needed[2:])
@@ -207,9 +205,9 @@ def relation_kl_loss(
     check_choice("scope", scope, ("row", "matrix"))
     check_choice("relation", relation, ("cosine", "euclidean"))
     dtype = compute_dtype(student_emb, *teachers)
-    student_weight = 1 / as_scalar("student_temperature", student_temperature, student_emb, dtype, positive=True)
+    student_tau = as_scalar("student_temperature", student_temperature, student_emb, dtype, positive=True)
     teacher_tau = as_scalar("teacher_temperature", teacher_temperature, student_emb, dtype, positive=True)
-    weights = as_weights(teacher_weights, teachers, dtype) / teacher_tau
+    student_weight, weights = student_tau.reciprocal(), as_logit_weights(teacher_weights, teachers, teacher_tau)
     impl = choose_impl(impl, student_emb.device)
     if len(student_emb) <= 2:
         parts = [student_emb, *teachers, student_weight, weights]

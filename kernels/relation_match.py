@@ -19,9 +19,9 @@ from . import chunked_relation_match as tiles
 from . import reference
 from .checks import (
     as_autocast,
+    as_logit_weights,
     as_scalar,
     as_teachers,
-    as_weights,
     check_choice,
     check_embeddings,
     choose_impl,
@@ -66,8 +66,9 @@ def forward_op(
         total, of_student, of_teacher = relation_mae_sweep(
             *sides, Sweep.TRIANGLE, 0, want_student=want_student, want_teacher=want_teacher
         )
-        *grads, of_weights = [*_finish(of_student, weights), *_finish(of_teacher, weights)]
-        return (total / pairs).to(weights.dtype), *(g / pairs for g in (*grads, -of_weights))
+        grads = [*_finish(of_student, weights, 1 / pairs), *_finish(of_teacher, weights, 1 / pairs)]
+        grads[3] = -grads[3] if want_teacher else grads[3]
+        return (total / pairs).to(weights.dtype), *grads
     x, z = student.to(weights.dtype), teacher.to(weights.dtype)
     alone = Relation(x, x, student_weight, [x.shape[1]], "cosine")
     if metric == "mae":
@@ -88,10 +89,10 @@ def forward_op(
     return (total / pairs).to(weights.dtype), *(g / pairs for g in grads)
 
 
-def _finish(gradient: "RelationGradient | OperandGradient | None", like: Tensor) -> list[Tensor]:
+def _finish(gradient: "RelationGradient | OperandGradient | None", like: Tensor, *mean: float) -> list[Tensor]:
     if gradient is None:
         return [like.new_empty(0), like.new_empty(0)]
-    rows, _, of_weights = gradient.finish()
+    rows, _, of_weights = gradient.finish(*mean)
     return [rows, of_weights]
 
 
@@ -122,10 +123,13 @@ def _(student, student_weight, teacher, weights, widths, metric, want_student, w
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # of what comes with the loss
     ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), *[None] * 5
 
@@ -161,7 +165,7 @@ def relation_match_loss(
     check_choice("metric", metric, ("mae", "mse", "wasserstein"))
     dtype = compute_dtype(student_emb, *teachers)
     tau = as_scalar("temperature", temperature, student_emb, dtype, positive=True)
-    student_weight, weights = (1 / tau).reshape(1), as_weights(teacher_weights, teachers, dtype) / tau
+    student_weight, weights = tau.reciprocal().reshape(1), as_logit_weights(teacher_weights, teachers, tau)
     impl = choose_impl(impl, student_emb.device)
     if len(student_emb) == 1:
         parts = [student_emb, *teachers, student_weight, weights]

@@ -24,7 +24,7 @@ from torch import Tensor
 from .chunked import HALF, row_blocks, spans
 from .chunked_relation import Sweep, Tile
 from .triton_gradient import Centred, add_product, stored_dtype
-from .triton_passes import add_parts, finished_gradient, pair_products
+from .triton_passes import finished_gradient, pair_products
 from .triton_tiles import exponential, product_tile, some_left_out
 
 NOISE = tl.constexpr(4 * 2.0**-23)  # of the squared norms' sum: what a squared distance may be by rounding alone
@@ -34,7 +34,7 @@ NOISE = tl.constexpr(4 * 2.0**-23)  # of the squared norms' sum: what a squared 
 class Operand:
     """One side: rows (b, F) against columns (n, F); K segments from `starts` (K + 1,) int32 on, weights (K,) float32.
 
-    Squared norms, (b, K) and (n, K) float32, are there for euclidean relations only.
+    `starts` are there for several segments only, squared norms (b, K) and (n, K) float32 for euclidean relations only.
     """
 
     rows: Tensor
@@ -42,7 +42,7 @@ class Operand:
     weights: Tensor
     widths: list[int]
     kind: str
-    starts: Tensor
+    starts: Tensor | None
     row_norms: Tensor | None
     column_norms: Tensor | None
 
@@ -53,9 +53,10 @@ class Operand:
         square = columns is rows
         rows = rows.to(dtype).contiguous()
         columns = rows if square else columns.to(dtype).contiguous()
-        ends = accumulate(widths, initial=0)  # filled one by one on the device: copying a list would wait for it
-        starts = torch.stack([torch.full((), end, dtype=torch.int32, device=rows.device) for end in ends])
-        row_norms = column_norms = None
+        starts = row_norms = column_norms = None
+        if len(widths) > 1:  # filled one by one on the device: copying a list would wait for it
+            ends = accumulate(widths, initial=0)
+            starts = torch.stack([torch.full((), end, dtype=torch.int32, device=rows.device) for end in ends])
         if kind == "euclidean":
             row_norms = _squared_norms(rows, widths, weights.dtype)
             column_norms = row_norms if square else _squared_norms(columns, widths, weights.dtype)
@@ -199,35 +200,6 @@ def exponentials(
     return e_s, e_t, d, tl.where(tl.abs(h) < 0.25, -(e_s + e_t) * tanh, e_s - e_t)
 
 
-@dataclass(frozen=True)
-class WeightSums:
-    """A block's sums of weights over its columns and its rows, and <weights, relation> a row; P planes."""
-
-    rows: Tensor  # (P, rows)
-    columns: Tensor  # (P, columns)
-    along: Tensor  # (P, rows) float64
-
-    @classmethod
-    def of(cls, place: Tile, planes: int, like: Tensor) -> "WeightSums":
-        rows, columns = (like.new_empty(planes, size) for size in place.shape)
-        return cls(rows, columns, torch.empty(rows.shape, dtype=torch.float64, device=like.device))
-
-    def parts(self, tiles: int, parts: int) -> tuple[Tensor, Tensor]:
-        """Room for what a launch of that grid writes."""
-        planes, height = self.rows.shape
-        return self.rows.new_empty(2, planes, parts, height), self.rows.new_empty(planes, tiles, self.columns.shape[1])
-
-    def take(self, by_row: Tensor, by_column: Tensor, flag: Tensor | None) -> None:
-        """The sums of a launch's parts, only while its flag is set."""
-        add_parts(by_row[0], self.rows, first=True, flag=flag)
-        add_parts(by_column, self.columns, first=True, flag=flag)
-        self.take_along(by_row, flag)
-
-    def take_along(self, by_row: Tensor, flag: Tensor | None) -> None:
-        """Of them <weights, relation> alone."""
-        add_parts(by_row[1], self.along, first=True, flag=flag)
-
-
 class OperandWeights:
     """Collects the gradient of one side's weights alone."""
 
@@ -235,81 +207,119 @@ class OperandWeights:
         self.operand = operand
         self.along: Tensor | None = None
 
-    def add_along(self, sums: Tensor, place: Tile) -> None:
-        """sums (K,) float64: <H, relation without its weight> of a block, where a kernel has summed it."""
-        sums = sums * (1.0 if place.mirrored else 0.5)
+    def add_along(self, sums: Tensor) -> None:
+        """A block's share (K,) float64, where a kernel has summed <H, relation without its weight>."""
         self.along = sums if self.along is None else self.along + sums
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def finish(
+        self, mean: Tensor | float | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """(None, None, weights), as of one whose embeddings learn."""
-        return None, None, self.along.to(self.operand.weights.dtype)
+        weights = self.along if mean is None else self.along * mean
+        return None, None, weights.to(self.operand.weights.dtype)
 
 
 class OperandGradient(OperandWeights):
-    """Collects the gradient of one side from blocks of gradient weights, as RelationGradient does from tiles of H."""
+    """Collects the gradient of one side from blocks of gradient weights, as RelationGradient does from tiles of H.
+
+    Blocks come in the order of `waves`: what begins at 0 meets its rows, or its columns, first.
+    """
 
     def __init__(self, operand: Operand, sweep: Sweep, stored: torch.dtype):
         super().__init__(operand)
         dtype = operand.weights.dtype
         self.sweep = sweep
-        self.rows = torch.zeros(operand.rows.shape, dtype=dtype, device=operand.rows.device)
+        self.rows = torch.empty(operand.rows.shape, dtype=dtype, device=operand.rows.device)
         self.columns = self.rows if sweep is Sweep.TRIANGLE else None
-        self.row_totals = self.column_totals = self.rows.new_zeros(len(operand.rows))
         if sweep is Sweep.PAIR:
-            self.columns = torch.zeros(operand.columns.shape, dtype=dtype, device=operand.rows.device)
-            self.column_totals = self.rows.new_zeros(len(operand.columns))
-        self.row_totals = torch.zeros(len(operand.rows), dtype=dtype, device=operand.rows.device)
-        self.column_totals = (
-            self.row_totals if sweep is Sweep.TRIANGLE else self.row_totals.new_zeros(len(operand.columns))
-        )
+            self.columns = torch.empty(operand.columns.shape, dtype=dtype, device=operand.rows.device)
         self.right = self.left = Centred(operand.columns, dtype, stored)
         self.there = self.here = self.right.whole()
         if operand.columns is not operand.rows:
             self.left = Centred(operand.rows, dtype, stored)
             self.here = self.left.whole()
+        self.row_totals = self.column_totals = None  # (1, .), of weights over embeddings apart from their mean
+        if operand.kind == "cosine" and self.right.mean is not None:
+            self.row_totals = self.column_totals = self.rows.new_empty(1, len(operand.rows))
+            if sweep is Sweep.PAIR:
+                self.column_totals = self.rows.new_empty(1, len(operand.columns))
 
-    def add(self, blocks: Tensor, place: Tile, row_sums: Tensor, column_sums: Tensor) -> None:
-        """blocks (1 or K, rows, columns) and their sums before they were stored, (1 or K, rows) and (1 or K, columns).
+    def sums_of(self, place: Tile, planes: int) -> tuple[Tensor | None, Tensor | None]:
+        """Where the weights' sums over a block's columns and rows belong: (planes, rows) and (planes, columns)."""
+        if self.operand.kind == "cosine":
+            if self.row_totals is None:
+                return None, None
+            columns = self.column_totals[:, slice(*place.columns)] if place.mirrored else None
+            return self.row_totals[:, slice(*place.rows)], columns
+        return tuple(self.rows.new_empty(planes, size) for size in place.shape)
 
-        One block serves all segments of a cosine relation; euclidean ones have one each.
+    def add(self, blocks: Tensor, place: Tile, row_sums: Tensor | None, column_sums: Tensor | None) -> None:
+        """blocks (1 or K, rows, columns); for euclidean relations one a segment, and `sums_of` before they were stored.
+
+        One block serves all segments of a cosine relation, whose sums are collected where `sums_of` says.
         """
         i, j = slice(*place.rows), slice(*place.columns)
+        first, column_first = place.columns[0] == 0, place.rows[0] == 0
         if self.operand.kind == "cosine":
-            add_product(self.rows[i], blocks[0], self.there[j], first=False)
-            if self.right.mean is not None:
-                self.row_totals[i] += row_sums[0]
+            add_product(self.rows[i], blocks[0], self.there[j], first=first)
             if place.mirrored:
-                add_product(self.columns[j], blocks[0].T, self.here[i], first=False)
-                if self.left.mean is not None:
-                    self.column_totals[j] += column_sums[0]
+                add_product(self.columns[j], blocks[0].T, self.here[i], first=column_first)
             return
         for k, segment in enumerate(self.operand.segments):
             here, there = self.here[i, segment], self.there[j, segment]
-            self.rows[i, segment] += (blocks[k] @ there).addcmul_(here, row_sums[k, :, None], value=-1)
+            _add(self.rows[i, segment], (blocks[k] @ there).addcmul_(here, row_sums[k, :, None], value=-1), first)
             if place.mirrored:
-                self.columns[j, segment] += (blocks[k].T @ here).addcmul_(there, column_sums[k, :, None], value=-1)
+                back = (blocks[k].T @ here).addcmul_(there, column_sums[k, :, None], value=-1)
+                _add(self.columns[j, segment], back, column_first)
 
-    def finish(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(rows, columns or None, weights), as RelationGradient.finish; without `along` from <rows' gradient, rows>."""
-        columns = self.columns if self.sweep is Sweep.PAIR else None
-        if self.operand.kind == "cosine":
-            self._finish_products(self.rows, self.row_totals, self.right)
+    def finish(
+        self, mean: Tensor | float | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(rows, columns or None, weights), as RelationGradient.finish; without `along` from <rows' gradient, rows>.
+
+        All of it times `mean` and the rows in `dtype`, where these are given.
+        """
+        rows, columns = self.rows, self.columns if self.sweep is Sweep.PAIR else None
+        plain, weights = self.operand.kind == "euclidean", self.along
+        factor = None  # with which products are finished at once
+        if len(self.operand.weights) == 1 and weights is not None and not plain:
+            factor = self.operand.weights if mean is None else self.operand.weights * mean
+        if not plain:
+            rows = self._finished(rows, self.row_totals, self.right, factor, dtype)
             if columns is not None:
-                self._finish_products(columns, self.column_totals, self.left)
-        weights = self.along
+                columns = self._finished(columns, self.column_totals, self.left, factor, None)
         if weights is None:
             emb = self.operand.rows
-            blocks = [(self.rows[i] * emb[i]).sum(0, dtype=torch.float64) for i in row_blocks(*emb.shape)]
+            blocks = [(rows[i] * emb[i]).sum(0, dtype=torch.float64) for i in row_blocks(*emb.shape)]
             along = torch.stack(blocks).sum(0).split(self.operand.widths)
             weights = torch.stack([part.sum() for part in along]) * (1.0 if self.sweep is Sweep.PAIR else 0.5)
-        weights = weights.to(self.rows.dtype)
-        if self.operand.kind == "euclidean":
-            return self.rows, columns, weights
-        spread = self.operand.spread()
-        return self.rows.mul_(spread), None if columns is None else columns.mul_(spread), weights
+        weights = weights if mean is None else weights * mean
+        if factor is None:
+            spread = None if plain else self.operand.spread()
+            rows, columns = (_scaled(part, spread, mean) for part in (rows, columns))
+        rows = rows if dtype is None else rows.to(dtype)
+        return rows, columns, weights.to(self.operand.weights.dtype)
 
     @staticmethod
-    def _finish_products(sums: Tensor, totals: Tensor, factor: Centred) -> None:
-        """In place: from products with centred embeddings to those with the embeddings."""
-        if factor.mean is not None:
-            finished_gradient(sums, totals, factor.mean, factor.reach, None, None, 0, None, 0, sums)
+    def _finished(
+        sums: Tensor, totals: Tensor | None, factor: Centred, scale: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        """From products with centred embeddings to those with the embeddings times `scale`; in place unless that asks
+        for another `dtype`."""
+        if factor.mean is None and scale is None:
+            return sums
+        out = sums if scale is None or dtype in (None, sums.dtype) else torch.empty_like(sums, dtype=dtype)
+        finished_gradient(sums, totals, factor.mean, factor.reach, None, None, 0, scale, 0, out)
+        return out
+
+
+def _add(sums: Tensor, more: Tensor, first: bool) -> None:
+    sums.copy_(more) if first else sums.add_(more)
+
+
+def _scaled(rows: Tensor | None, *factors: Tensor | float | None) -> Tensor | None:
+    """In place."""
+    for factor in factors:
+        if rows is not None and factor is not None:
+            rows.mul_(factor)
+    return rows

@@ -15,14 +15,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .chunked import SUM_BITS, fixed_reference, spans
-from .chunked_relation import Sweep
-from .chunked_relation_kl import REACH, SUMS, References
+from .chunked import SUM_BITS, spans
+from .chunked_relation import Sweep, Tile
+from .chunked_relation_kl import SUMS, References, relation_kl_coefficients, relation_kl_terms
 from .triton_passes import add_parts
-from .triton_relation import Operand, OperandGradient, OperandWeights, WeightSums, sizes, waves
+from .triton_relation import Operand, OperandGradient, OperandWeights, sizes, waves
+from .triton_relation_passes import Losses, add_relation_sums, add_weight_sums, relation_reference
 from .triton_relation_statistics import relation_maxima_kernel, relation_statistics_kernel
 from .triton_relation_weights import relation_weights_kernel
 from .triton_tiles import Config, Work, choose_config
+
+STATISTICS = 2 + SUMS + 1  # two references, the rows' coefficients, and flags: see `launches_of`
 
 
 def _constants(student: Operand, teacher: Operand, config: Config) -> dict:
@@ -41,21 +44,27 @@ def _always(like: Tensor) -> Tensor:
 
 
 def relation_maxima(
-    student: Operand, teacher: Operand, offset: int | None, run: Tensor | None = None, config: Config | None = None
+    student: Operand,
+    teacher: Operand,
+    offset: int | None,
+    run: Tensor | None = None,
+    config: Config | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row maxima of both logits without own pairs, (b,) each; only while `run` is set, where it is given."""
+    """Row maxima of both logits without own pairs, (b,) each; only while `run` is set, where it is given, and otherwise
+    `out` (2, b) as it was."""
     config = config or choose_config(student.rows, Work.DOUBLE if len(teacher.weights) == 1 else Work.CROWDED)
     run = _always(student.weights) if run is None else run
     extent = sizes(student, teacher, offset)
     b, n = extent[1:3]
-    maxima = student.weights.new_zeros(2, b)
+    maxima = student.weights.new_empty(2, b) if out is None else out
     for i in spans(0, b, config.wave_rows):
         grid = triton.cdiv(i[1] - i[0], config.block_m), min(config.splits, triton.cdiv(n, config.block_n))
-        out = maxima.new_empty(2, grid[1], grid[0] * config.block_m)
+        parts = maxima.new_empty(2, grid[1], grid[0] * config.block_m)
         relation_maxima_kernel[grid](
-            run, *student.pointers(), *teacher.pointers(), out, i[0], *extent, **_constants(student, teacher, config)
+            run, *student.pointers(), *teacher.pointers(), parts, i[0], *extent, **_constants(student, teacher, config)
         )
-        add_parts(out, maxima[:, slice(*i)], first=True, flag=run, maximum=True)
+        add_parts(parts, maxima[:, slice(*i)], first=True, flag=run, maximum=True)
     return maxima[0], maxima[1]
 
 
@@ -65,16 +74,33 @@ def relation_kl_statistics(
     references: References,
     sweep: Sweep,
     offset: int | None,
-    run: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep; only while `run` is set, if given."""
+    """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep."""
+    sums = student.weights.new_empty(SUMS, len(student.rows))
+    columns = sums.new_empty(SUMS, len(student.columns)) if sweep is Sweep.PAIR else None
+    _fill_statistics(sums, columns, student, teacher, references, sweep, offset, config)
+    return sums, columns
+
+
+def _fill_statistics(
+    sums: Tensor,
+    columns: Tensor | None,
+    student: Operand,
+    teacher: Operand,
+    references: References,
+    sweep: Sweep,
+    offset: int | None,
+    config: Config | None,
+    run: Tensor | None = None,
+    losses: Losses | None = None,
+) -> None:
+    """relation_kl_statistics into sums and columns, only while `run` is set, if given; `losses` make coefficients of
+    them, and take the rest."""
     config = config or _config(student, teacher, plain=references.shared)
     guard, run = run, _always(student.weights) if run is None else run
     extent = sizes(student, teacher, offset)
     b, n = extent[1:3]
-    sums = student.weights.new_zeros(SUMS, b)
-    columns = sums.new_zeros(SUMS, n) if sweep is Sweep.PAIR else None
     for place in waves(sweep, b, n, min(b, config.wave_rows), min(n, config.wave_columns)):
         tiles, parts = triton.cdiv(place.shape[0], config.block_m), triton.cdiv(place.shape[1], config.block_n)
         programs = parts if references.shared else min(parts, config.splits)
@@ -85,41 +111,59 @@ def relation_kl_statistics(
             *place.rows, *place.columns, parts, int(place.mirrored), extent[0], *extent[3:], SHARED=references.shared,
             **_constants(student, teacher, config),
         )  # fmt: skip
-        add_parts(row_out, sums[:, slice(*place.rows)], first=False, flag=guard)
-        if place.mirrored:
-            mirrored = sums if columns is None else columns
-            add_parts(column_out, mirrored[:, slice(*place.columns)], first=False, flag=guard)
-    return sums, columns
+        mirrored, reference = sums if columns is None else columns, references.student
+        add_relation_sums(row_out, column_out, sums, mirrored, place, guard=guard, reference=reference, losses=losses)
 
 
-def relation_kl_sums(
+def relation_kl_forward(
     student: Operand, teacher: Operand, *, matrix: bool, config: Config | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(student's references (N,), teacher's, sums (5, N)), from whichever are sound; nothing is read on the host."""
-    n, dtype = len(student.rows), student.weights.dtype
-    constant = fixed_reference(torch.maximum(student.bound(), teacher.bound()), dtype, REACH[dtype])
-    sums, _ = relation_kl_statistics(student, teacher, References(constant, constant), Sweep.TRIANGLE, 0, config=config)
-    checked = sums[:2].sum(1) if matrix else sums[:2]
-    floor = n * 2.0 ** -SUM_BITS[dtype]
-    unsound = ~((checked >= floor) & (checked < torch.inf)).all()
-    run = unsound.to(torch.int32)
-    s_ref, t_ref = relation_maxima(student, teacher, 0, run, config)
+) -> tuple[Tensor, Tensor]:
+    """(loss in float64, statistics (8, N): both references, the rows' coefficients, flags).
+
+    From whichever references are sound; nothing is read on the host.
+    """
+    constant = relation_reference(student, teacher)
+    statistics = student.weights.new_empty(STATISTICS, len(student.rows))
+    refs, sums, flags = statistics[:2], statistics[2:-1], statistics[-1].view(torch.int32)
+    given = sums, None, student, teacher
     if matrix:
-        s_ref, t_ref = s_ref.amax(), t_ref.amax()
-    sweep = Sweep.TRIANGLE if matrix else Sweep.ROWS
-    more, _ = relation_kl_statistics(student, teacher, References(s_ref, t_ref), sweep, 0, run, config)
-    references = (torch.where(unsound, ref, constant).expand(n) for ref in (s_ref, t_ref))
-    return *references, torch.where(unsound, more, sums)
+        return _of_matrix(refs, sums, given, constant, config), statistics
+    losses = Losses.of(refs)
+    _fill_statistics(*given, References(constant, constant), Sweep.TRIANGLE, 0, config, None, losses)
+    torch.amax(losses.unsound, 1, out=flags[:2])
+    maxima = relation_maxima(student, teacher, 0, flags, config, out=refs)
+    _fill_statistics(*given, References(*maxima), Sweep.ROWS, 0, config, flags, losses)
+    return losses.terms.sum(), statistics
 
 
-def launches_of(s_ref: Tensor, t_ref: Tensor, *, matrix: bool) -> list[tuple[References, Tensor]]:
-    """One process's references (N,) as the kernels to launch: row scope launches those for one constant and those for a
-    reference a row, of which one returns at once."""
-    constant = ((s_ref == s_ref[0]) & (t_ref == t_ref[0])).all()
-    shared, vectors = References(s_ref[0], t_ref[0]), References(s_ref, t_ref, s_ref, t_ref)
+def _of_matrix(refs: Tensor, sums: Tensor, given: tuple, constant: Tensor, config: Config | None) -> Tensor:
+    """Loss of the matrix scope; the exact maximum is a constant as well."""
+    n = sums.shape[1]
+    student, teacher = given[2:]
+    _fill_statistics(*given, References(constant, constant), Sweep.TRIANGLE, 0, config)
+    totals = sums[:2].sum(1)
+    unsound = ~((totals >= n * 2.0 ** -SUM_BITS[sums.dtype]) & (totals < torch.inf)).all()
+    run = unsound.to(torch.int32)
+    s_ref, t_ref = (
+        torch.where(unsound, ref.amax(), constant) for ref in relation_maxima(student, teacher, 0, run, config)
+    )
+    _fill_statistics(*given, References(s_ref, t_ref), Sweep.TRIANGLE, 0, config, run)
+    totals = sums.double().sum(1, keepdim=True)
+    refs[0], refs[1] = s_ref, t_ref
+    sums.copy_(relation_kl_coefficients(totals))
+    return relation_kl_terms(totals).mean()
+
+
+def launches_of(statistics: Tensor, *, matrix: bool) -> list[tuple[References, Tensor]]:
+    """The forward's references as the kernels to launch: row scope launches those for one constant and those for a
+    reference a row, of which one returns at once. The flags say so: 1 and 0 where the constant was unsound, else 0 and
+    -1."""
+    s_ref, t_ref = statistics[0], statistics[1]
+    shared = References(s_ref[0], t_ref[0])
     if matrix:
         return [(shared, _always(s_ref))]
-    return [(shared, constant.to(torch.int32)), (vectors, (~constant).to(torch.int32))]
+    flags = statistics[-1].view(torch.int32)
+    return [(shared, flags[1:]), (References(s_ref, t_ref, s_ref, t_ref), flags)]
 
 
 def relation_kl_gradients(
@@ -155,31 +199,40 @@ def relation_kl_gradients(
     height, width = min(extent[1], waved.wave_rows), min(extent[2], max(1, waved.wave_columns // planes))
     block = torch.empty(1, height, max(height, width), dtype=stored, device=coefficients.device)
     teacher_block = block.new_empty(planes, *block.shape[1:], dtype=dtype) if want_teacher else None
+    either = launches[1][1] if len(launches) > 1 else None
     for place in waves(sweep, *extent[1:3], height, width):
-        sums, teacher_sums = (WeightSums.of(place, count, coefficients) for count in (1, segments))
-        for refs, run in launches:
-            tile = config or _config(student, teacher, plain=refs.shared and not of_teacher)
-            tiles, parts = triton.cdiv(place.shape[0], tile.block_m), triton.cdiv(place.shape[1], tile.block_n)
-            out = sums.parts(tiles, parts)
-            teacher_out = teacher_sums.parts(tiles, parts) if of_teacher else (None, None)
-            relation_weights_kernel[tiles, parts if refs.shared else min(parts, tile.splits)](
+        tiles = [config or _config(student, teacher, plain=refs.shared and not of_teacher) for refs, _ in launches]
+        launched = [
+            (triton.cdiv(place.shape[0], tile.block_m), triton.cdiv(place.shape[1], tile.block_n)) for tile in tiles
+        ]
+        out = _room(coefficients, 1, launched, place)
+        teacher_out = _room(coefficients, segments, launched, place) if of_teacher else (None, None)
+        for (refs, run), tile, grid in zip(launches, tiles, launched, strict=True):
+            parts = grid[1]
+            relation_weights_kernel[grid[0], parts if refs.shared else min(parts, tile.splits)](
                 run, *student.pointers(), *teacher.pointers(), refs.student, refs.teacher, refs.student_columns,
                 refs.teacher_columns, coefficients, column_coefficients, block, *out, teacher_block, *teacher_out,
                 *place.rows, *place.columns, parts, *extent, block.stride(1), block.stride(0),
                 SHARED=refs.shared, TEACHER=of_teacher, **_constants(student, teacher, tile),
             )  # fmt: skip
-            guard = run if len(launches) > 1 else None
-            sums.take(*out, guard)
-            if want_teacher and euclidean:  # other relations' teachers have no sums to be kept
-                teacher_sums.take(*teacher_out, guard)
-            elif of_teacher == 2:
-                teacher_sums.take_along(teacher_out[0], guard)
         here = slice(place.shape[0]), slice(place.shape[1])
         if want_student:
-            gradient.add(block[:, *here], place, sums.rows, sums.columns)
-            gradient.add_along(sums.along.sum(1) / student.weights, place)
+            sums = gradient.sums_of(place, 1)
+            along = add_weight_sums(*out, launched, either, place, *sums, student.weights, anew=euclidean)
+            gradient.add(block[:, *here], place, *sums)
+            gradient.add_along(along)
+        sums = None, None
+        if want_teacher and euclidean:
+            sums = teacher_gradient.sums_of(place, segments)
+        if of_teacher == 2 or (want_teacher and euclidean):  # other relations' teachers have no sums to be kept
+            along = add_weight_sums(*teacher_out, launched, either, place, *sums, anew=True)
+            teacher_gradient.add_along(along)
         if want_teacher:
-            teacher_gradient.add(teacher_block[:, *here], place, teacher_sums.rows, teacher_sums.columns)
-        if of_teacher == 2 or (want_teacher and euclidean):
-            teacher_gradient.add_along(teacher_sums.along.sum(1), place)
+            teacher_gradient.add(teacher_block[:, *here], place, *sums)
     return gradient, teacher_gradient if of_teacher else None
+
+
+def _room(like: Tensor, planes: int, launched: list[tuple[int, int]], place: Tile) -> tuple[Tensor, Tensor]:
+    """For the sums of weights of the largest launch's parts, by row and by column."""
+    tiles, parts = (max(sizes) for sizes in zip(*launched, strict=True))
+    return like.new_empty(2, planes, parts, place.shape[0]), like.new_empty(planes, tiles, place.shape[1])

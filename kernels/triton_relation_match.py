@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .chunked_relation import Sweep
 from .triton_relation import Operand, OperandGradient, relation_tile, sizes, waves
+from .triton_relation_passes import add_weight_sums
 from .triton_tiles import Config, Work, choose_config, side_by_side, store_weights
 
 PART = tl.constexpr(32)  # columns of a tile that are worked on at once
@@ -25,7 +26,7 @@ def relation_mae_kernel(
     K: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of H; row_sums (|difference|, sum H, <H, S>; column tiles; rows), column_sums (row tiles, columns)."""
+    """One block of H; row_sums (sum H, <H, S>, |difference|; column tiles; rows), column_sums (row tiles, columns)."""
     first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + tl.program_id(1) * BLOCK_N
     WIDTH: tl.constexpr = min(BLOCK_N, PART)
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -61,10 +62,10 @@ def relation_mae_kernel(
     height = row_end - row_start
     out = row_sums_ptr + tl.program_id(1).to(tl.int64) * height + rows - row_start
     plane = tl.num_programs(1).to(tl.int64) * height
-    tl.store(out, distance, mask=row_ok)
+    tl.store(out + 2 * plane, distance, mask=row_ok)
     if GRADIENT:
-        tl.store(out + plane, total, mask=row_ok)
-        tl.store(out + 2 * plane, along, mask=row_ok)
+        tl.store(out, total, mask=row_ok)
+        tl.store(out + plane, along, mask=row_ok)
 
 
 def relation_mae_sweep(
@@ -92,21 +93,27 @@ def relation_mae_sweep(
     height, width = min(b, config.wave_rows), min(n, config.wave_columns)
     shape = (1, height, max(height, width)) if any(wanted) else (1, 1, 1)
     block = torch.empty(shape, dtype=stored, device=student.rows.device)
-    total = torch.zeros((), dtype=torch.float64, device=student.rows.device)
+    total = None
     for place in waves(sweep, b, n, height, width):
         grid = triton.cdiv(place.shape[0], config.block_m), triton.cdiv(place.shape[1], config.block_n)
-        by_row = student.weights.new_zeros(3, grid[1], place.shape[0])
-        by_column = by_row.new_zeros(grid[0], place.shape[1])
+        by_row = student.weights.new_empty(3, 1, grid[1], place.shape[0])
+        by_column = by_row.new_empty(1, grid[0], place.shape[1])
         relation_mae_kernel[grid](
             student.rows, student.columns, student.weights, student.starts, negated.rows, negated.columns,
             negated.weights, negated.starts, block, by_row, by_column, *place.rows, *place.columns, offset, width_s,
             width_t, block.stride(1), K=len(negated.weights), GRADIENT=any(wanted), **config.launch(),
         )  # fmt: skip
-        total += by_row[0].sum(dtype=torch.float64) * (2 if place.mirrored else 1)
+        distance = by_row[2].sum(dtype=torch.float64)
+        distance = 2 * distance if place.mirrored else distance
+        total = distance if total is None else total + distance
         h = block[:, : place.shape[0], : place.shape[1]]
         for gradient in gradients:
-            if gradient is not None:
-                gradient.add(h, place, by_row[1].sum(0)[None], by_column.sum(0)[None])
-        if want_student:
-            gradients[0].add_along(by_row[2].sum(dtype=torch.float64) / student.weights, place)
+            if gradient is None:
+                continue
+            sums = gradient.sums_of(place, 1)
+            if gradient is gradients[0]:
+                gradient.add_along(add_weight_sums(by_row, by_column, [grid], None, place, *sums, student.weights))
+            elif sums[0] is not None:
+                add_weight_sums(by_row, by_column, [grid], None, place, *sums)
+            gradient.add(h, place, *sums)
     return total, *gradients

@@ -102,7 +102,7 @@ def test_launchers_read_nothing(launch, monkeypatch):
             launched.append(grid)
             return super().__getitem__(grid)
 
-    for family in (*families, "contrastive_waves", "retrieval", "passes"):
+    for family in (*families, "contrastive_waves", "retrieval", "passes", "relation_passes"):
         module = import_module(f"vlscale.kernels.triton_{family}")
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted())
