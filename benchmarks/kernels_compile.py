@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the compiler takes compiled functions, not interpreted ones
@@ -33,10 +33,12 @@ from vlscale.kernels.triton_tiles import FUSED, Config, Work, config_for  # noqa
 from vlscale.kernels import triton_contrastive as contrastive  # noqa: E402
 from vlscale.kernels import triton_contrastive_double as double  # noqa: E402
 from vlscale.kernels import triton_contrastive_fused as fused  # noqa: E402
+from vlscale.kernels import triton_contrastive_passes as sides  # noqa: E402
 from vlscale.kernels import triton_contrastive_waves as waves  # noqa: E402
 from vlscale.kernels import triton_passes as passes  # noqa: E402
 from vlscale.kernels import triton_relation_kl as kl  # noqa: E402
 from vlscale.kernels import triton_relation_match as match  # noqa: E402
+from vlscale.kernels import triton_relation_passes as of_relations  # noqa: E402
 from vlscale.kernels import triton_retrieval as retrieval  # noqa: E402
 from vlscale.kernels import triton_sigmoid as sigmoid  # noqa: E402
 
@@ -69,8 +71,8 @@ class Build:
             if name in self.constants or name == "WHOLE" or name.startswith("BLOCK_"):
                 types[name] = "constexpr"
             elif not name.endswith("_ptr"):
-                types[name] = "fp32" if name == "floor" else "i32"
-            elif name in FLOAT64 or (name == "out_ptr" and "float64" in self.variant):
+                types[name] = "fp32" if name in FLOATS else "i32"
+            elif (self.kernel.__name__, name) in FLOAT64 or (name in OUTS and "float64" in self.variant):
                 types[name] = "*fp64"
             elif name in FLAGS or name.endswith("starts_ptr") or (self.kernel.__name__, name) in COUNTS:
                 types[name] = "*i32"
@@ -104,8 +106,11 @@ class Build:
 
 EMBEDDINGS = {"x_ptr", "y_ptr", "z_ptr", "xc_ptr", "zc_ptr", "query_ptr", "gallery_ptr", "partner_ptr"}
 EMBEDDINGS_OUT = {("gradient_kernel", "out_ptr")}
-FLAGS = {"flag_ptr", "run_ptr", "unsound_ptr"}
-FLOAT64 = {"term_ptr"}
+FLAGS = {"flag_ptr", "run_ptr", "unsound_ptr", "differs_ptr"}
+FLOAT64 = {("side_sums_kernel", "term_ptr"), ("pair_weights_kernel", "along_ptr")}
+FLOAT64 |= {("relation_sums_kernel", "term_ptr"), ("weight_sums_kernel", "along_out_ptr")}
+OUTS = {"out_ptr", "out_a_ptr"}
+FLOATS = {"floor", "reach"}
 INDICES = {"count_ptr", "table_ptr", "exclude_ptr", "ceiling_ptr"}
 KEYS = {("neighbours_kernel", "out_ptr")}
 COUNTS = {("rank_counts_kernel", "out_ptr")}
@@ -125,7 +130,8 @@ def builds(archs: list[int]) -> Iterator[Build]:
             for kernel, variant, work, constants in kernels(dtype):
                 yield Build(kernel, variant, dtype, arch, config_for(DTYPES[dtype], arch // 10, work), constants)
             for kernel, variant, constants in around(dtype):
-                yield Build(kernel, variant, dtype, arch, PASS, constants)
+                config = replace(PASS, block_n=constants.pop("BLOCK_N", PASS.block_n))
+                yield Build(kernel, variant, dtype, arch, config, constants)
         for dtype in ("bf16", "fp16"):
             yield from fused_builds(arch, dtype)
 
@@ -141,9 +147,15 @@ def fused_builds(arch: int, dtype: str) -> Iterator[Build]:
 PASS = Config(passes.ROWS, passes.PLACES, passes.FEATURES, warps=4)  # what a launch takes that names no warps
 
 
+SUMMED, MAXIMA = ({"MAXIMUM": maximum, "GUARDED": maximum} for maximum in (False, True))
+MAXIMA |= {"part_c_ptr": None, "out_c_ptr": None}
+
+
 def around(dtype: str) -> Iterator[tuple[object, str, dict]]:
     """Passes around the kernels, (kernel, variant, compile-time constants); those over sums are float32 whatever."""
+    yield from around_relations(dtype)
     yield passes.pair_products_kernel, "", {}
+    yield passes.own_products_kernel, "", {}
     gradient = {"CENTRED": dtype != "fp32", "HAS_FACTOR": True}
     for own in (True, False):
         yield passes.gradient_kernel, "own pairs" if own else "", gradient | {"HAS_OWN": own}
@@ -158,10 +170,47 @@ def around(dtype: str) -> Iterator[tuple[object, str, dict]]:
             yield passes.partial_sums_kernel, variant, constants
             if not maximum:
                 yield passes.partial_sums_kernel, variant + ", float64", constants
-    for shared in (True, False):
-        for ids in (False, True):
+    yield from between()
+
+
+def around_relations(dtype: str) -> Iterator[tuple[object, str, dict]]:
+    """Passes around the relation kernels."""
+    for count in (1, 2):
+        starts = {"x_starts_ptr": None} | ({"z_starts_ptr": None} if count == 1 else {})
+        for euclidean in (False, True):
+            variant = f"{count} teacher" + "s" * (count > 1) + (", euclidean" if euclidean else "")
+            constants = {"K": count, "EUCLIDEAN": euclidean} | starts
+            yield of_relations.relation_bounds_kernel, variant, constants
+    if dtype != "fp32":
+        return
+    places = {"BLOCK_N": of_relations.PLACES}
+    for first in (True, False):
+        on_top = "" if first else ", on top"
+        each = {"ROW_FIRST": first, "COLUMN_FIRST": first} | places
+        for shared in (True, False):
+            variant = ("shared" if shared else "vectors") + on_top
+            yield of_relations.relation_sums_kernel, variant, each | {"TERMS": True, "GUARDED": not shared}
+        yield of_relations.relation_sums_kernel, f"sums{on_top}", each | {"TERMS": False, "GUARDED": False}
+        each |= {"SUMMED": True, "WEIGHTED": True, "MIRRORED": not first}
+        yield of_relations.weight_sums_kernel, f"1 launch{on_top}", each | {"EITHER": False}
+        yield of_relations.weight_sums_kernel, f"2 launches{on_top}", each | {"EITHER": True}
+
+
+def between() -> Iterator[tuple[object, str, dict]]:
+    """Passes over the contrastive loss's sums."""
+    yield sides.reference_kernel, "", {"BLOCK_N": sides.WIDE}
+    for first in (True, False):
+        variant = "" if first else ", on top"
+        for_all = {f"FIRST_{name}": first for name in "ABC"}
+        yield passes.several_sums_kernel, f"3, float64{variant}", for_all | {"COUNT": 3} | SUMMED
+        yield passes.several_sums_kernel, f"2, maxima{variant}", for_all | {"COUNT": 2} | MAXIMA
+    for ids in (False, True):
+        each = {"HAS_IDS": ids, "CHECKED": True, "BLOCK_N": sides.WIDE}
+        yield sides.pair_weights_kernel, "ids" if ids else "", each
+        for shared in (True, False):
             variant = ("shared" if shared else "vectors") + (", ids" if ids else "")
-            yield passes.pair_terms_kernel, variant, {"SHARED": shared, "HAS_IDS": ids, "TERMS": True}
+            each = {"SHARED": shared, "HAS_IDS": ids, "TERMS": True, "FIRST": False, "LAST": True}
+            yield sides.side_sums_kernel, variant, each
 
 
 def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:

@@ -23,12 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HOPPER = (9, 0)
 MODULES = ("contrastive", "contrastive_fused", "contrastive_waves", "contrastive_double", "sigmoid", "relation_kl")
-MODULES += ("relation_match", "relation_passes", "passes")
+MODULES += ("relation_match", "relation_passes", "passes", "contrastive_passes")
 OPS = ("contrastive", "sigmoid", "relation_kl", "relation_match", "once")
-PASSES = {"pair_products_kernel", "partial_sums_kernel", "pair_terms_kernel", "deviations_kernel", "centre_kernel"}
-PASSES |= {"relation_bounds_kernel", "relation_sums_kernel", "weight_sums_kernel"}
-PASSES |= {"gradient_kernel"}  # around the kernels, without products
 BLOCKS = {"g_ptr", "h_ptr", "toward_ptr", "teacher_ptr"}  # a value a pair, in a buffer that may be larger
+ON_TOP = {"FIRST": "out_ptr"} | {f"FIRST_{job.upper()}": f"out_{job}_ptr" for job in "abc"}  # unless set, read first
 SUMS = {"row_out_ptr", "column_out_ptr", "out_ptr", "along_ptr", "total_ptr", "row_total_ptr", "column_total_ptr"}
 SUMS |= {"row_sums_ptr", "column_sums_ptr", "teacher_rows_ptr", "teacher_columns_ptr", "scalars_ptr"}
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh", "alias")
@@ -72,13 +70,14 @@ class Recorder:
     def __init__(self, kernel, events: Counter, always: list[Tensor]):
         self.names = list(signature(kernel.fn).parameters)
         self.name, self.events, self.always = kernel.fn.__name__, events, always
+        self.around = kernel.fn.__module__.endswith("passes")  # those around the kernels have no products
 
     def __getitem__(self, grid):
         grid = (grid,) if isinstance(grid, int) else tuple(grid)
 
         def start(*arguments, **settings) -> None:
             given = dict(zip(self.names, arguments, strict=False)) | settings
-            event = self.pass_(given) if self.name in PASSES else self.launch(given, (*grid, 1)[:2])
+            event = self.pass_(given) if self.around else self.launch(given, (*grid, 1)[:2])
             self.events[event] += 1
 
         return start
@@ -108,17 +107,20 @@ class Recorder:
         )
 
     def pass_(self, given: dict) -> Op:
-        """Its tensors once each, of a whole gradient the rows that it writes; nothing where it returns at once."""
+        """Its tensors once each, of a whole side the rows that it writes; nothing where it returns at once."""
         if given.get("GUARDED") or not given.get("SHARED", True):
             return Op(self.name, torch.float32, 0, 0, triton=True)
         sizes = {name: t.numel() * t.itemsize for name, t in given.items() if isinstance(t, Tensor)}
-        if "rows" in given:
+        if self.name == "gradient_kernel":
             rows = given["rows"] * given["D"]
             sizes["out_ptr"] = rows * given["out_ptr"].itemsize
             if given["HAS_OWN"]:
                 sizes["partner_ptr"] = min(rows, given["partner_ptr"].numel()) * given["partner_ptr"].itemsize
-        if given.get("FIRST") is False:
-            sizes["out_ptr"] *= 2
+        if self.name == "side_sums_kernel":
+            sizes["row_sums_ptr"] = sizes["row_sums_ptr"] * given["rows"] // given["b"]
+        for first, out in ON_TOP.items():
+            if given.get(first) is False and out in sizes:
+                sizes[out] *= 2
         return Op(self.name, torch.float32, sum(sizes.values()), max(sizes.values()) // 4, triton=True)
 
     def idle(self, given: dict) -> bool:

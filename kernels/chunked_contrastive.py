@@ -14,6 +14,8 @@ A 0-d reference serves rows and columns alike and costs one exponential an eleme
 two and are for inputs whose logits spread too far for one constant.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -166,11 +168,24 @@ class Weights:
 
     def __init__(self, row_ref: Tensor, col_ref: Tensor, rows: Tensor, cols: Tensor, positives: Positives):
         self.row_ref, self.col_ref, self.positives = row_ref, col_ref, positives
+        self.rows, self.cols = rows, cols
         self.shared = row_ref.dim() == 0
-        r, q = rows[0] + rows[1], cols[0] + cols[1]
-        self.row_inverse, self.col_inverse = 1 / r, 1 / q
-        self.row_miss, self.col_miss = rows[1] / r, cols[1] / q
-        self.row_target = rows[2]
+
+    @cached_property
+    def row_inverse(self) -> Tensor:
+        return 1 / (self.rows[0] + self.rows[1])
+
+    @cached_property
+    def col_inverse(self) -> Tensor:
+        return 1 / (self.cols[0] + self.cols[1])
+
+    @cached_property
+    def row_miss(self) -> Tensor:
+        return self.rows[1] / (self.rows[0] + self.rows[1])
+
+    @cached_property
+    def col_miss(self) -> Tensor:
+        return self.cols[1] / (self.cols[0] + self.cols[1])
 
     def probabilities(self, s: Tensor, i, j, spare: Tensor) -> tuple[Tensor, Tensor | None]:
         """P_row + P_col in place of `s` where the reference is shared, else (P_row in `s`, P_col in `spare`)."""

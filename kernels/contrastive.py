@@ -71,10 +71,9 @@ def backward_op(
     if triton:
         from . import triton_contrastive
 
-        flag = (~(statistics[:2] == statistics[0, 0]).all()).to(torch.int32)
         want = {"want_x": want_image, "want_y": want_text}
         dx, dy, along = triton_contrastive.contrastive_gradients(
-            x, y, scale, weights, flag, **want, factor=mean * scale, dtype=image.dtype
+            x, y, scale, weights, None, **want, factor=mean * scale, dtype=image.dtype
         )
         along = along / scale
     else:
@@ -134,11 +133,14 @@ def _(u, v, w, grad, image, text, scale, pair_id, statistics, impl):
 
 
 def _save_forward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], output[1])
     ctx.impl = inputs[4]
 
 
 def _backward(ctx, grad, _):
+    if grad is None:  # a second derivative, which the gradient's own op has taken
+        return None, None, None, None, None
     needed = ctx.needs_input_grad[:3]
     grads = backward_op(grad, *ctx.saved_tensors, ctx.impl, *needed[:2])
     return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None

@@ -13,19 +13,18 @@ references, which are always launched and return at once while it is clear, do t
 
 # ruff: noqa: SIM102, SIM108 (Triton prunes plain branches on constexprs, and only those)
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import fixed_reference, spans
+from .chunked import spans
 from .chunked_contrastive import Positives, Weights
 from .triton_contrastive_fused import fused_gradients
+from .triton_contrastive_passes import PairWeights, Sides, references_of
 from .triton_contrastive_waves import Waves
 from .triton_gradient import Centred, OwnPairs, SideGradient, stored_dtype
-from .triton_passes import add_parts, finish_side, pair_products, side_programs
+from .triton_passes import add_several, own_products
 from .triton_tiles import (
     Config,
     Work,
@@ -154,29 +153,14 @@ def contrastive_maxima(
     for i in spans(0, b, config.wave_rows):
         tiles = triton.cdiv(i[1] - i[0], config.block_m)
         splits = min(config.splits, triton.cdiv(n, config.block_n))
-        row_out, column_out = scale.new_empty(1, splits, tiles * config.block_m), scale.new_empty(1, tiles, n)
+        row_out, column_out = scale.new_empty(splits, tiles * config.block_m), scale.new_empty(tiles, n)
         maxima_kernel[tiles, splits](
             x, y, scale, flag, row_out, column_out, i[0], b, n, x.shape[1], x.stride(0), y.stride(0), **config.launch()
         )
-        add_parts(row_out, rows[None, slice(*i)], first=True, flag=flag, maximum=True)
-        add_parts(column_out, cols[None], first=i[0] == 0, flag=flag, maximum=True)
+        parts = (row_out, rows[slice(*i)], True), (column_out, cols, i[0] == 0)
+        add_several(*parts, flag=flag, maximum=True)
         del row_out, column_out  # before the next wave's are there
     return rows, cols
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Of the rows and of the columns, a number for each program of finish_side: loss terms, and unsound sums."""
-
-    terms: Tensor  # (2, programs) float64
-    unsound: Tensor  # (2, programs) int32
-
-    @classmethod
-    def of(cls, pairs: Tensor) -> "Losses":
-        """Room for those of (..., N) sums on the same device."""
-        shape = 2, side_programs(pairs.shape[-1])
-        kinds = torch.float64, torch.int32
-        return cls(*(torch.empty(shape, dtype=kind, device=pairs.device) for kind in kinds))
 
 
 def contrastive_statistics(
@@ -193,50 +177,38 @@ def contrastive_statistics(
 
     Vector references run only while `flag` is set (the sums hold anything otherwise).
     """
+    has_ids = positives.row_ids is not None
+    config = config or _config(x, has_ids=has_ids, shared=row_ref.dim() == 0)
+    own = None if has_ids else own_products(x, y[positives.offset : positives.offset + len(x)])[0]
     sums = scale.new_empty(3, len(x)), scale.new_empty(3, len(y))
-    mine = y[positives.offset : positives.offset + len(x)]
-    own = pair_products(x, mine)[2] if positives.row_ids is None else None
-    _fill_statistics(*sums, own, x, y, scale, (row_ref, col_ref), positives, flag, config)
+    sides = Sides(*sums, own, scale, positives, list(spans(0, len(x), config.wave_rows)))
+    _fill(sides, x, y, (row_ref, col_ref), flag, config)
     return sums
 
 
-def _fill_statistics(
-    rows: Tensor,
-    cols: Tensor,
-    own: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    references: tuple[Tensor, Tensor],
-    positives: Positives,
-    flag: Tensor | None,
-    config: Config | None,
-    losses: Losses | None = None,
+def _config(x: Tensor, *, has_ids: bool, shared: bool) -> Config:
+    return choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
+
+
+def _fill(
+    sides: Sides, x: Tensor, y: Tensor, references: tuple[Tensor, Tensor], flag: Tensor | None, config: Config
 ) -> None:
-    """contrastive_statistics into rows (3, b) and cols (3, N); own (b,) products where there are no ids."""
-    row_ids, col_ids, has_ids = _ids(positives)
-    shared = references[0].dim() == 0
-    config = config or choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
-    b, n = len(x), len(y)
+    """The sums of `sides`, wave after wave; over vector references only while `flag` is set."""
+    row_ids, col_ids, has_ids = _ids(sides.positives)
+    shared, n = references[0].dim() == 0, len(y)
     guard = None if shared else flag
-    sums = slice(0, 3) if has_ids else slice(1, 2)  # own pairs, which the kernel leaves out, are the others
-    for i in spans(0, b, config.wave_rows):
-        tiles = triton.cdiv(i[1] - i[0], config.block_m)
+    for wave, (start, stop) in enumerate(sides.waves):
+        tiles = triton.cdiv(stop - start, config.block_m)
         splits = min(config.splits, triton.cdiv(n, config.block_n))
-        row_out = scale.new_empty(3 if has_ids else 1, splits, tiles * config.block_m)
-        column_out = scale.new_empty(len(row_out), tiles, n)
+        row_out = sides.rows.new_empty(3 if has_ids else 1, splits, tiles * config.block_m)
+        column_out = row_out.new_empty(len(row_out), tiles, n)
         statistics_kernel[tiles, splits](
-            x, y, scale, flag, *references, row_ids, col_ids, row_out, column_out,
-            i[0], b, n, x.shape[1], x.stride(0), y.stride(0), positives.offset,
+            x, y, sides.scale, flag, *references, row_ids, col_ids, row_out, column_out,
+            start, len(x), n, x.shape[1], x.stride(0), y.stride(0), sides.positives.offset,
             SHARED=shared, HAS_IDS=has_ids, **config.launch(),
         )  # fmt: skip
-        add_parts(row_out, rows[sums, slice(*i)], first=True, flag=guard)
-        add_parts(column_out, cols[sums], first=i[0] == 0, flag=guard)
+        sides.add(row_out, column_out, references, wave, guard)
         del row_out, column_out  # before the next wave's are there
-    for side, (part, first) in enumerate(((rows, 0), (cols, positives.offset))):
-        counts = positives.row_count, positives.col_count
-        of_side = (None, None) if losses is None else (losses.terms[side], losses.unsound[side])
-        finish_side(part, own, scale, references[side], counts[side], first, guard, *of_side)
 
 
 def contrastive_forward(
@@ -246,18 +218,19 @@ def contrastive_forward(
 
     Whichever reference turns out sound; no value is read on the host.
     """
-    products = pair_products(x, y)
-    ref = fixed_reference(scale.abs() * products[:2].amax(1).sqrt().prod(), scale.dtype)
+    has_ids = positives.row_ids is not None
+    shared, vectors = (config or _config(x, has_ids=has_ids, shared=kind) for kind in (True, False))
+    own, largest = own_products(x, y)
     statistics = scale.new_empty(8, len(x))
-    statistics[:2] = ref
-    own = products[2] if positives.row_ids is None else None
-    losses = Losses.of(statistics)
-    given = statistics[2:5], statistics[5:], own, x, y, scale
-    _fill_statistics(*given, (ref, ref), positives, None, config, losses)
-    flag = losses.unsound.amax()
+    references_of(largest, scale, statistics[:2])
+    ref = statistics[0, 0]
+    waves = list(spans(0, len(x), shared.wave_rows))
+    sides = Sides.with_losses(statistics[2:], None if has_ids else own, scale, positives, waves)
+    _fill(sides, x, y, (ref, ref), None, shared)
+    flag = sides.unsound.amax()
     maxima = contrastive_maxima(x, y, scale, flag, config, out=(statistics[0], statistics[1]))
-    _fill_statistics(*given, maxima, positives, flag, config, losses)
-    return losses.terms.sum(), statistics
+    _fill(sides, x, y, maxima, flag, vectors)
+    return sides.terms.sum(), statistics
 
 
 def contrastive_gradients(
@@ -265,7 +238,7 @@ def contrastive_gradients(
     y: Tensor,
     scale: Tensor,
     weights: Weights,
-    flag: Tensor,
+    flag: Tensor | None,
     config: Config | None = None,
     *,
     want_x: bool = True,
@@ -275,29 +248,26 @@ def contrastive_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(G y (b, D) complete, G^T x (N, D) and <G, S> partial over these rows), float32; None where not wanted.
 
-    `weights` hold vector references; with a clear `flag` all their entries are the one constant. <G, S> is summed where
-    G is still float32: from a float16 G, as <G y, x>, it is percents wrong on cone-shaped embeddings. Narrow embeddings
-    with one positive each are served by the fused kernel, unless `config` asks for waves of its sizes. Both gradients
-    come times `factor` (0-d) and in `dtype` where these are given: last steps of a caller that needs no partial sums.
+    `weights` hold vector references; with a clear `flag` all their entries are the one constant (None: one process's
+    are looked at). <G, S> is summed where G is still float32: from a float16 G, as <G y, x>, it is percents wrong on
+    cone-shaped embeddings. Narrow embeddings with one positive each are served by the fused kernel, unless `config`
+    asks for waves of its sizes. Both gradients come times `factor` (0-d) and in `dtype` where these are given: last
+    steps of a caller that needs no partial sums.
     """
-    positives = weights.positives
-    has_ids = positives.row_ids is not None
-    own, pairs = None, (None, None)
+    prepared = PairWeights.of(weights, flag)
+    has_ids, pairs = prepared.own is None, (None, None)
     if not has_ids:
-        offset = positives.offset
-        miss = weights.row_miss + weights.col_miss[offset : offset + len(x)]
-        own = (weights.row_target * miss).sum(dtype=torch.float64)
-        pairs = OwnPairs.of_sides(-miss, x, y, offset)
+        pairs = OwnPairs.of_sides(prepared.own, x, y, weights.positives.offset)
     stored = stored_dtype(x, scale.dtype)
-    left, right = Centred(x, scale.dtype, stored), Centred(y, scale.dtype, stored)
+    left, right = Centred.both(x, y, scale.dtype, stored)
     dx, dy = (
         SideGradient(rows, others, dtype or scale.dtype, of_side, factor) if want else None
         for rows, others, of_side, want in ((x, right, pairs[0], want_x), (y, left, pairs[1], want_y))
     )
     narrow = config is None and not has_ids and fused_config(x) is not None
     if narrow and (want_x or want_y):
-        along = fused_gradients(x, y, scale, weights, flag, dx, dy)
+        along = fused_gradients(x, y, scale, prepared, dx, dy)
     else:
-        along = Waves(x, y, scale, weights, flag, config, (left, right)).sweep(dx, dy)
-    along = along if own is None else along - own
+        along = Waves(x, y, scale, prepared, config, (left, right)).sweep(dx, dy)
+    along = along if has_ids else along + prepared.along
     return None if dx is None else dx.result(), None if dy is None else dy.result(), along

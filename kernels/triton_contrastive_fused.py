@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked import spans
-from .chunked_contrastive import Weights
+from .triton_contrastive_passes import PairWeights
 from .triton_gradient import SideGradient
-from .triton_passes import add_parts
+from .triton_passes import add_several
 from .triton_tiles import INTERPRETING, STORED_SCALE, Config, exponential, fused_config
 
 
@@ -93,8 +93,7 @@ def fused_gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    weights: Weights,
-    flag: Tensor,
+    weights: PairWeights,
     dx: SideGradient | None,
     dy: SideGradient | None,
     config: Config | None = None,
@@ -107,9 +106,9 @@ def fused_gradients(
     of_columns = weights.col_ref, weights.col_inverse
     offset, along = weights.positives.offset, None
     if dx is not None:
-        along = _one_side(dx, x, y, scale, of_rows, of_columns, offset, flag, config)
+        along = _one_side(dx, x, y, scale, of_rows, of_columns, offset, weights.flag, config)
     if dy is not None:
-        again = _one_side(dy, y, x, scale, of_columns, of_rows, -offset, flag, config)
+        again = _one_side(dy, y, x, scale, of_columns, of_rows, -offset, weights.flag, config)
         along = again if along is None else along
     return along.sum()
 
@@ -141,5 +140,5 @@ def _one_side(
                 offset, SHARED=shared, **tile.launch(),
             )  # fmt: skip
         gradient.finish(i[0], out, totals)
-        add_parts(part[None], along[None, slice(*i)], first=True)
+        add_several((part, along[slice(*i)], True))
     return along

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked import spans
-from .chunked_contrastive import Weights
+from .triton_contrastive_passes import PairWeights
 from .triton_gradient import Centred, SideGradient, add_product
-from .triton_passes import add_parts
+from .triton_passes import add_several
 from .triton_tiles import (
     INTERPRETING,
     Config,
@@ -165,12 +165,11 @@ class Waves:
         x: Tensor,
         y: Tensor,
         scale: Tensor,
-        weights: Weights,
-        flag: Tensor,
+        weights: PairWeights,
         config: Config | None,
         factors: tuple[Centred, Centred],
     ):
-        self.x, self.y, self.scale, self.weights, self.flag = x, y, scale, weights, flag
+        self.x, self.y, self.scale, self.weights = x, y, scale, weights
         has_ids = weights.positives.row_ids is not None
         self.tiles = {
             shared: config or choose_config(x, Work.LIGHT if shared and not has_ids else Work.NARROW)
@@ -198,10 +197,10 @@ class Waves:
         column_sums = None if dy is None else self.scale.new_empty(len(column_totals), self.y.shape[1])
         for i in spans(0, len(self.x), self.height):
             g, mine = self.block[: i[1] - i[0], : j[1] - j[0]], slice(*i)
-            part, by_row, by_column = self.fill(g, i, j)
-            add_parts(part, along[None, mine], first=j[0] == 0)
-            add_parts(by_row, row_totals[None, mine], first=j[0] == 0)
-            add_parts(by_column, column_totals[None], first=i[0] == 0)
+            part, total, by_column = self.fill(g, i, j)
+            first = j[0] == 0
+            by_row = (part, along[mine], first), (total, row_totals[mine], first)
+            add_several(*by_row, (by_column, column_totals, i[0] == 0))
             if row_sums is not None:
                 add_product(row_sums[mine], g, there, first=j[0] == 0)
             if column_sums is not None:
@@ -210,17 +209,17 @@ class Waves:
             dy.finish(j[0], column_sums, column_totals)
 
     def fill(self, g: Tensor, i: tuple[int, int], j: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """G of rows i and columns j into g; partial <G, S> and sums of G's rows, (1, parts, rows), and columns'."""
+        """G of rows i and columns j into g; partial <G, S> and sums of G's rows, (parts, rows), and columns'."""
         x, y, scale, weights, positives = self.x, self.y, self.scale, self.weights, self.weights.positives
         row_ids, col_ids = positives.row_ids, positives.col_ids
         height, width = g.shape
         parts = triton.cdiv(width, self.tiles[True].block_n)
-        along, by_row = scale.new_empty(2, 1, parts, height)
-        by_column = scale.new_empty(1, triton.cdiv(height, self.tiles[True].block_m), width)
+        along, by_row = scale.new_empty(2, parts, height)
+        by_column = scale.new_empty(triton.cdiv(height, self.tiles[True].block_m), width)
         for shared, tile in self.tiles.items():  # the one whose flag it is not leaves the outputs alone
-            grid = by_column.shape[1], parts if shared else min(parts, tile.splits)
+            grid = len(by_column), parts if shared else min(parts, tile.splits)
             weights_kernel[grid](
-                x, y, scale, self.flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
+                x, y, scale, weights.flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,
                 weights.row_miss, weights.col_miss, positives.row_count, row_ids, col_ids, g, along, by_row, by_column,
                 i[0], i[1], j[0], j[1], parts, x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
                 SHARED=shared, HAS_IDS=row_ids is not None, **tile.launch(),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .chunked import HALF
-from .triton_passes import centred, finished_gradient, largest_deviation
+from .triton_passes import centred, finished_gradient, largest_deviations
 
 
 def stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -31,12 +31,27 @@ class Centred:
     Nothing of all rows is ever held in float32 on the way.
     """
 
-    def __init__(self, emb: Tensor, dtype: torch.dtype, stored: torch.dtype):
+    def __init__(
+        self, emb: Tensor, dtype: torch.dtype, stored: torch.dtype, about: tuple[Tensor, Tensor] | None = None
+    ):
+        """`about`: its mean (D,) and largest deviation 0-d, where they are known."""
         self.emb, self.dtype, self.stored = emb, dtype, stored
         self.mean = self.reach = None
         if stored == torch.float16:
-            self.mean = emb.sum(0, dtype=dtype) / len(emb)
-            self.reach = largest_deviation(emb, self.mean).clamp_min(torch.finfo(dtype).tiny)
+            if about is None:
+                mean = emb.mean(0, dtype=dtype)
+                about = mean, largest_deviations((emb, mean))[0]
+            self.mean, self.reach = about
+
+    @classmethod
+    def both(cls, x: Tensor, y: Tensor, dtype: torch.dtype, stored: torch.dtype) -> tuple["Centred", "Centred"]:
+        """Of two sides of one width, measured together."""
+        if stored != torch.float16:
+            return cls(x, dtype, stored), cls(y, dtype, stored)
+        means = x.mean(0, dtype=dtype), y.mean(0, dtype=dtype)
+        reaches = largest_deviations((x, means[0]), (y, means[1]))
+        sides = zip((x, y), means, reaches, strict=True)
+        return tuple(cls(emb, dtype, stored, (mean, reach)) for emb, mean, reach in sides)
 
     def part(self, rows: slice) -> Tensor:
         """These rows as the right factor, in the stored dtype."""

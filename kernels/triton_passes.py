@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunked import SUM_BITS
 from .triton_tiles import STORED_SCALE
 
 ROWS, FEATURES = 32, 128  # at once, in passes over embeddings
@@ -43,6 +42,56 @@ def pair_products_kernel(x_ptr, y_ptr, out_ptr, b, D, stride_x, stride_y, BLOCK_
 
 
 @triton.jit
+def own_products_kernel(
+    x_ptr, y_ptr, out_ptr, largest_ptr, b, D, stride_x, stride_y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """out (b,) in float32: x_p . y_p; largest (2, programs): each program's largest |x_p|^2 and |y_p|^2."""
+    first = tl.program_id(0) * BLOCK_M
+    row, feature = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    row_ok = row < b - first
+    x = x_ptr + tl.cast(first, tl.int64) * stride_x + (row[:, None] * stride_x + feature[None, :])
+    y = y_ptr + tl.cast(first, tl.int64) * stride_y + (row[:, None] * stride_y + feature[None, :])
+    of_x = tl.zeros((BLOCK_M,), tl.float32)
+    of_y = tl.zeros((BLOCK_M,), tl.float32)
+    both = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        ok = row_ok[:, None] & (feature < D - start)[None, :]
+        left = tl.load(x + start, mask=ok, other=0.0).to(tl.float32)
+        right = tl.load(y + start, mask=ok, other=0.0).to(tl.float32)
+        of_x += tl.sum(left * left, 1)
+        of_y += tl.sum(right * right, 1)
+        both += tl.sum(left * right, 1)
+    tl.store(out_ptr + first + row, both, mask=row_ok)
+    tl.store(largest_ptr + tl.program_id(0), tl.max(of_x, 0))
+    tl.store(largest_ptr + tl.num_programs(0) + tl.program_id(0), tl.max(of_y, 0))
+
+
+@triton.jit
+def sum_of_parts(
+    part_ptr, out_ptr, place, ok, parts, stride_part,
+    FIRST: tl.constexpr, MAXIMUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sum (or MAXIMUM) over parts at (BLOCK_N,) places, in out's type; unless FIRST with what is at `out_ptr`."""
+    part = tl.arange(0, BLOCK_M)
+    kind = out_ptr.dtype.element_ty
+    total = tl.full((BLOCK_N,), float("-inf") if MAXIMUM else 0.0, kind)
+    for first in range(0, parts, BLOCK_M):
+        here = part_ptr + place[None, :] + (first + part).to(tl.int64)[:, None] * stride_part
+        mask = (first + part < parts)[:, None] & ok[None, :]
+        if MAXIMUM:
+            total = tl.maximum(total, tl.max(tl.load(here, mask=mask, other=float("-inf")).to(kind), 0))
+        else:
+            total += tl.sum(tl.load(here, mask=mask, other=0.0).to(kind), 0)
+    if not FIRST:
+        before = tl.load(out_ptr, mask=ok, other=0.0)
+        if MAXIMUM:
+            total = tl.maximum(total, before)
+        else:
+            total += before
+    return total
+
+
+@triton.jit
 def partial_sums_kernel(
     part_ptr, out_ptr, flag_ptr, parts, n, stride_part, plane_part, plane_out,
     FIRST: tl.constexpr, MAXIMUM: tl.constexpr, GUARDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -55,81 +104,43 @@ def partial_sums_kernel(
         if tl.load(flag_ptr) == 0:
             return
     place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.arange(0, BLOCK_M)
     plane = tl.program_id(1).to(tl.int64)
-    ok = place < n
-    out = out_ptr + plane * plane_out + place
-    base = part_ptr + plane * plane_part + place[None, :]
-    kind = out_ptr.dtype.element_ty
-    total = tl.full((BLOCK_N,), float("-inf") if MAXIMUM else 0.0, kind)
-    for first in range(0, parts, BLOCK_M):
-        here = base + (first + part).to(tl.int64)[:, None] * stride_part
-        mask = (first + part < parts)[:, None] & ok[None, :]
-        if MAXIMUM:
-            total = tl.maximum(total, tl.max(tl.load(here, mask=mask, other=float("-inf")).to(kind), 0))
-        else:
-            total += tl.sum(tl.load(here, mask=mask, other=0.0).to(kind), 0)
-    if not FIRST:
-        before = tl.load(out, mask=ok, other=0.0)
-        if MAXIMUM:
-            total = tl.maximum(total, before)
-        else:
-            total += before
-    tl.store(out, total, mask=ok)
+    out, ok = out_ptr + plane * plane_out + place, place < n
+    part = part_ptr + plane * plane_part
+    tl.store(out, sum_of_parts(part, out, place, ok, parts, stride_part, FIRST, MAXIMUM, BLOCK_M, BLOCK_N), mask=ok)
 
 
 @triton.jit
-def pair_terms_kernel(
-    sums_ptr, own_ptr, scale_ptr, ref_ptr, count_ptr, flag_ptr, term_ptr, unsound_ptr, plane, first, b, n, floor,
-    SHARED: tl.constexpr, HAS_IDS: tl.constexpr, TERMS: tl.constexpr, BLOCK_N: tl.constexpr,
+def several_sums_kernel(
+    part_a_ptr, out_a_ptr, parts_a, n_a, stride_a, part_b_ptr, out_b_ptr, parts_b, n_b, stride_b,
+    part_c_ptr, out_c_ptr, parts_c, n_c, stride_c, flag_ptr,
+    FIRST_A: tl.constexpr, FIRST_B: tl.constexpr, FIRST_C: tl.constexpr, COUNT: tl.constexpr,
+    MAXIMUM: tl.constexpr, GUARDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One side's sums (3, n) pos, off, target get their own pairs, or with ids the targets' mean; a loss a program.
-
-    Own pairs are the b places from `first` on. unsound: whether a program's sums lost terms or overflowed.
-    """
-    if not SHARED:
+    """partial_sums_kernel of one to three, one plane each, out (n,) from (parts, n); the second axis says which."""
+    if GUARDED:
         if tl.load(flag_ptr) == 0:
             return
-    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = place < n
-    pos_out = sums_ptr + place
-    off_out = pos_out + tl.cast(plane, tl.int64)
-    target_out = off_out + tl.cast(plane, tl.int64)
-    if SHARED:
-        ref = tl.load(ref_ptr) + tl.zeros((BLOCK_N,), tl.float32)
-    else:
-        ref = tl.load(ref_ptr + place, mask=ok, other=0.0)
-    off = tl.load(off_out, mask=ok, other=1.0)
-    if HAS_IDS:
-        count = tl.load(count_ptr + place, mask=ok, other=1).to(tl.float32)
-        pos = tl.load(pos_out, mask=ok, other=1.0)
-        target = tl.load(target_out, mask=ok, other=0.0) / count
-        tl.store(target_out, target, mask=ok)
-    else:
-        own = ok & (place >= first) & (place < first + b)
-        target = tl.load(scale_ptr) * tl.load(own_ptr + place - first, mask=own, other=0.0)
-        pos = tl.where(own, tl.exp(target - ref), 0.0)
-        tl.store(pos_out, pos, mask=ok)
-        tl.store(target_out, target, mask=ok)
-    if TERMS:
-        total = pos + off
-        sound = (total >= floor) & (total < float("inf"))
-        tl.store(unsound_ptr + tl.program_id(0), tl.max((ok & (sound == 0)).to(tl.int32), 0))
-        positive, others = pos.to(tl.float64), off.to(tl.float64)
-        away = ref.to(tl.float64) - target.to(tl.float64)
-        close = others < 1000.0 * positive  # there the loss is log1p(others / positive), exact however small it is
-        z = tl.where(close, others, 0.0) / tl.where(close, positive, 1.0)
-        u = 1.0 + z
-        term = tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
-        if HAS_IDS:
-            term += tl.where(close & (count > 1.0), tl.log(tl.where(close, positive, 1.0)) + away, 0.0)
-        term = tl.where(close, term, tl.log(tl.where(close, 1.0, positive + others)) + away)
-        tl.store(term_ptr + tl.program_id(0), tl.sum(tl.where(ok, term, 0.0), 0))
+    place, which = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    if which == 0:
+        a, ok_a = out_a_ptr + place, place < n_a
+        of_a = sum_of_parts(part_a_ptr, a, place, ok_a, parts_a, stride_a, FIRST_A, MAXIMUM, BLOCK_M, BLOCK_N)
+        tl.store(a, of_a, mask=ok_a)
+    if COUNT > 1:
+        if which == 1:
+            b, ok_b = out_b_ptr + place, place < n_b
+            of_b = sum_of_parts(part_b_ptr, b, place, ok_b, parts_b, stride_b, FIRST_B, MAXIMUM, BLOCK_M, BLOCK_N)
+            tl.store(b, of_b, mask=ok_b)
+    if COUNT > 2:
+        if which == 2:
+            c, ok_c = out_c_ptr + place, place < n_c
+            of_c = sum_of_parts(part_c_ptr, c, place, ok_c, parts_c, stride_c, FIRST_C, MAXIMUM, BLOCK_M, BLOCK_N)
+            tl.store(c, of_c, mask=ok_c)
 
 
 @triton.jit
-def deviations_kernel(x_ptr, mean_ptr, out_ptr, b, D, stride_x, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out: each program's largest |x - mean|."""
+def largest_away(x_ptr, mean_ptr, b, D, stride_x, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program's largest |x - mean|, 0 where it has no rows."""
     first = tl.program_id(0) * BLOCK_M
     row, feature = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x = x_ptr + tl.cast(first, tl.int64) * stride_x + (row[:, None] * stride_x + feature[None, :])
@@ -139,7 +150,20 @@ def deviations_kernel(x_ptr, mean_ptr, out_ptr, b, D, stride_x, BLOCK_M: tl.cons
         mean = tl.load(mean_ptr + start + feature, mask=feature < D - start, other=0.0)[None, :]
         away = tl.abs(tl.load(x + start, mask=ok, other=0.0).to(tl.float32) - mean)
         best = tl.maximum(best, tl.max(tl.where(ok, away, 0.0), 1))
-    tl.store(out_ptr + tl.program_id(0), tl.max(best, 0))
+    return tl.max(best, 0)
+
+
+@triton.jit
+def deviations_kernel(
+    x_ptr, y_ptr, x_mean_ptr, y_mean_ptr, out_ptr, b, n, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (1 or 2, programs): each program's largest |x - mean| of x (b, D), and of y (n, D) by the second axis."""
+    out = out_ptr + tl.program_id(0)
+    if tl.program_id(1) == 0:
+        tl.store(out, largest_away(x_ptr, x_mean_ptr, b, D, stride_x, BLOCK_M, BLOCK_K))
+    else:
+        tl.store(out + tl.num_programs(0), largest_away(y_ptr, y_mean_ptr, n, D, stride_y, BLOCK_M, BLOCK_K))
 
 
 @triton.jit
@@ -204,6 +228,17 @@ def pair_products(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
+def own_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_p . y_p (b,), largest squared norms of both sides by blocks of rows (2, blocks)), float32."""
+    programs = triton.cdiv(len(x), ROWS)
+    out = torch.empty(len(x) + 2 * programs, dtype=torch.float32, device=x.device)
+    own, largest = out[: len(x)], out[len(x) :].view(2, programs)
+    own_products_kernel[(programs,)](
+        x, y, own, largest, *x.shape, x.stride(0), y.stride(0), BLOCK_M=ROWS, BLOCK_K=FEATURES
+    )
+    return own, largest
+
+
 def add_parts(parts: Tensor, out: Tensor, *, first: bool, flag: Tensor | None = None, maximum: bool = False) -> None:
     """out (planes, n) from parts (planes, P, at least n): their sum or maximum, over what it holds or, `first`, anew.
 
@@ -216,39 +251,27 @@ def add_parts(parts: Tensor, out: Tensor, *, first: bool, flag: Tensor | None = 
     )  # fmt: skip
 
 
-def finish_side(
-    sums: Tensor,
-    own: Tensor | None,
-    scale: Tensor,
-    ref: Tensor,
-    count: Tensor | None,
-    first: int,
-    flag: Tensor | None,
-    terms: Tensor | None,
-    unsound: Tensor | None,
-) -> None:
-    """One side's sums (3, n), see pair_terms_kernel, over the 0-d or (n,) reference; own (b,) or counts (n,).
-
-    terms and unsound are (programs,), see `side_programs`, or None. A (n,) reference does nothing unless `flag` is set.
-    """
-    n = sums.shape[1]
-    pair_terms_kernel[(side_programs(n),)](
-        sums, own, scale, ref, count, flag, terms, unsound, sums.stride(0), first, 0 if own is None else len(own), n,
-        n * 2.0 ** -SUM_BITS[torch.float32],
-        SHARED=ref.dim() == 0, HAS_IDS=count is not None, TERMS=terms is not None, BLOCK_N=PLACES,
+def add_several(*sums: tuple[Tensor, Tensor, bool], flag: Tensor | None = None, maximum: bool = False) -> None:
+    """add_parts of up to three (parts (P, at least n), out (n,), first) in one launch."""
+    given = [(part, out, part.shape[0], out.shape[0], part.stride(0), first) for part, out, first in sums]
+    given += [(None, None, 0, 0, 0, True)] * (3 - len(sums))
+    grid = triton.cdiv(max(len(out) for _, out, _ in sums), PLACES), len(sums)
+    several_sums_kernel[grid](
+        *(value for each in given for value in each[:5]), flag,
+        FIRST_A=given[0][5], FIRST_B=given[1][5], FIRST_C=given[2][5], COUNT=len(sums),
+        MAXIMUM=maximum, GUARDED=flag is not None, BLOCK_M=PARTS, BLOCK_N=PLACES,
     )  # fmt: skip
 
 
-def side_programs(n: int) -> int:
-    return triton.cdiv(n, PLACES)
-
-
-def largest_deviation(x: Tensor, mean: Tensor) -> Tensor:
-    """Largest |x - mean| of x (b, D), 0-d in float32."""
-    programs = triton.cdiv(len(x), ROWS)
-    out = torch.empty(programs, dtype=torch.float32, device=x.device)
-    deviations_kernel[(programs,)](x, mean, out, *x.shape, x.stride(0), BLOCK_M=ROWS, BLOCK_K=FEATURES)
-    return out.amax()
+def largest_deviations(*sides: tuple[Tensor, Tensor]) -> Tensor:
+    """Largest |emb - mean| of one or two embeddings (b, D) and their means (D,), (1 or 2,), float32, at least tiny."""
+    (x, x_mean), (y, y_mean) = sides[0], sides[-1]
+    programs = triton.cdiv(max(len(x), len(y)), ROWS)
+    out = torch.empty(len(sides), programs, dtype=torch.float32, device=x.device)
+    deviations_kernel[programs, len(sides)](
+        x, y, x_mean, y_mean, out, len(x), len(y), x.shape[1], x.stride(0), y.stride(0), BLOCK_M=ROWS, BLOCK_K=FEATURES
+    )
+    return out.amax(1).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def centred(x: Tensor, mean: Tensor, reach: Tensor, dtype: torch.dtype) -> Tensor:

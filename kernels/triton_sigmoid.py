@@ -14,7 +14,7 @@ from torch import Tensor
 from .chunked import spans
 from .chunked_contrastive import Positives
 from .triton_gradient import Centred, OwnPairs, SideGradient, add_product, stored_dtype
-from .triton_passes import add_parts, pair_products
+from .triton_passes import add_parts, own_products
 from .triton_tiles import Config, Work, choose_config, product_tile, same_pair, store_weights
 
 
@@ -121,7 +121,7 @@ def sigmoid_sweep(
 
 def _own_pairs(x, y, scale, bias, offset: int) -> tuple[Tensor, tuple[OwnPairs, OwnPairs]]:
     """What own pairs add to (loss, sum n, <n, S>), and to the gradients of both sides."""
-    own = pair_products(x, y[offset : offset + len(x)])[2]
+    own = own_products(x, y[offset : offset + len(x)])[0]
     z = -(scale * own + bias)
     n = -z.sigmoid()
     sums = torch.stack([-F.logsigmoid(-z).sum(), n.sum(), (n * own).sum()])

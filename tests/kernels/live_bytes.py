@@ -3,11 +3,16 @@
 What a single operation takes inside itself, a sort's workspace say, is not seen.
 """
 
+import pkgutil
 import weakref
+from importlib import import_module
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from vlscale import kernels
 
 
 class LiveBytes(TorchDispatchMode):
@@ -43,7 +48,22 @@ def body(op):
 
 
 class NoKernel:
-    """In a Triton kernel's place: its launcher runs, and nothing is written."""
+    """In a Triton kernel's place: its launcher runs, and nothing is written. Keeps the grids."""
+
+    def __init__(self):
+        self.launched = []
 
     def __getitem__(self, grid):
+        self.launched.append(grid)
         return lambda *arguments, **settings: None
+
+
+def without_kernels(monkeypatch) -> NoKernel:
+    """Every Triton kernel replaced by this one, on a Hopper GPU's configurations."""
+    none = NoKernel()
+    names = [found.name for found in pkgutil.iter_modules(kernels.__path__) if found.name.startswith("triton_")]
+    for module in (import_module(f"vlscale.kernels.{name}") for name in names):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, none)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return none

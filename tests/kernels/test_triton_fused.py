@@ -71,12 +71,13 @@ def tiles(wave_rows: int):
 def fused(x, y, scale, weights, flag, config, want=(True, True)):
     """(G y, G^T x, <G, S>) of fused_gradients, None where not wanted."""
     from vlscale.kernels.triton_contrastive_fused import fused_gradients
+    from vlscale.kernels.triton_contrastive_passes import PairWeights
     from vlscale.kernels.triton_gradient import Centred, SideGradient, stored_dtype
 
     left, right = (Centred(v, torch.float32, stored_dtype(v, torch.float32)) for v in (x, y))
     pairs = ((x, right), (y, left))
     sides = [SideGradient(*pair, torch.float32) if wanted else None for pair, wanted in zip(pairs, want, strict=True)]
-    along = fused_gradients(x, y, scale, weights, flag, *sides, config)
+    along = fused_gradients(x, y, scale, PairWeights.of(weights, flag), *sides, config)
     return *(None if side is None else side.result() for side in sides), along
 
 

@@ -3,13 +3,12 @@ with waiting made an error, and captured in a CUDA graph that is replayed on oth
 """
 
 from functools import cache
-from importlib import import_module
 
 import pytest
 import torch
 
 from tests.kernels import cases as k
-from tests.kernels.live_bytes import LiveBytes, NoKernel, body
+from tests.kernels.live_bytes import LiveBytes, body, without_kernels
 from vlscale.kernels import (
     contrastive,
     contrastive_loss,
@@ -94,22 +93,10 @@ class OnTheDevice(LiveBytes):
 
 @pytest.mark.parametrize("launch", LAUNCHERS.values(), ids=LAUNCHERS.keys())
 def test_launchers_read_nothing(launch, monkeypatch):
-    families = "contrastive", "contrastive_double", "contrastive_fused", "sigmoid", "relation_kl", "relation_match"
-    launched = []
-
-    class Counted(NoKernel):
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return super().__getitem__(grid)
-
-    for family in (*families, "contrastive_waves", "retrieval", "passes", "relation_passes"):
-        module = import_module(f"vlscale.kernels.triton_{family}")
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    kernel = without_kernels(monkeypatch)
     with OnTheDevice():
         launch()
-    assert len(launched) >= 3
+    assert len(kernel.launched) >= 3
 
 
 def test_reading_a_value_would_show():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels import cases as k
-from tests.kernels.live_bytes import LiveBytes, NoKernel, body
+from tests.kernels.live_bytes import LiveBytes, body, without_kernels
 
 pytest.importorskip("triton")
 
@@ -18,23 +18,7 @@ BESIDE = 1.5e9
 
 @pytest.fixture
 def on_paper(monkeypatch):
-    from vlscale.kernels import (
-        triton_contrastive,
-        triton_contrastive_double,
-        triton_contrastive_fused,
-        triton_contrastive_waves,
-        triton_passes,
-    )
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for name in ("maxima_kernel", "statistics_kernel"):
-        monkeypatch.setattr(triton_contrastive, name, NoKernel())
-    monkeypatch.setattr(triton_contrastive_waves, "weights_kernel", NoKernel())
-    for name in ("double_statistics_kernel", "double_weights_kernel"):
-        monkeypatch.setattr(triton_contrastive_double, name, NoKernel())
-    monkeypatch.setattr(triton_contrastive_fused, "fused_gradient_kernel", NoKernel())
-    for name in [name for name in vars(triton_passes) if name.endswith("_kernel")]:
-        monkeypatch.setattr(triton_passes, name, NoKernel())
+    without_kernels(monkeypatch)
 
 
 def peaks(width: int, dtype: torch.dtype, *, ids: bool, want: tuple[bool, bool]) -> tuple[int, int, int]:
