@@ -155,5 +155,5 @@ def test_what_cannot_be_is_said(tiny_config, overrides, said):
 
 
 def test_a_batch_of_one_id_ends_the_run_with_one_line(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="all 1 pairs of the batch share the id"):
-        train(tiny_config, tmp_path / "run", *FUSED, "train.global_batch_size=1", "train.max_steps=1")
+    with pytest.raises(ValueError, match="all 32 pairs of the batch share the id"):
+        train(tiny_config, tmp_path / "run", *FUSED, "data.pair_id=json:preset", "train.max_steps=1")

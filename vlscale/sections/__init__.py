@@ -101,6 +101,12 @@ class Config(Section):
             raise ValueError(
                 "every objective weight is 0: nothing would be learned; set objective.contrastive_weight=1"
             )
+        nothing = o.too_few_pairs(self.train.global_batch_size, fusion)
+        if nothing is not None:
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size}: {nothing}; train.chunk_size makes room for "
+                "more, train.accumulate_losses does not: pairs of different losses never meet"
+            )
         if o.needs_teachers and self.teacher.source == "none":
             weights = "iic, ttc, kd, kd_image and kd_text weights" if o.name == "rvlr" else "relation_weight"
             raise ValueError(

@@ -93,6 +93,33 @@ class ObjectiveConfig(Section):
         """Whether consistency has a weight: what a meta step moves the parameters by."""
         return any((self.contrastive_weight, self.view_weight, self.caption_weight)) or self._contrasts_with_teachers
 
+    def too_few_pairs(self, pairs: int, fusion: bool) -> str | None:
+        """Of a global batch of so many pairs: which term says nothing there, how many it takes, and what to set
+        instead; None where all say something. `fusion`: whether there is a fusion encoder."""
+        contrasts = ["contrastive_weight", "view_weight", "caption_weight"]
+        contrasts += ["iic_weight", "ttc_weight"] if self.name == "rvlr" else []
+        asked = next((name for name in contrasts if getattr(self, name) > 0), None)
+        if pairs < 2 and asked:
+            return (
+                f"objective.{asked} tells a pair from the others of its batch, and there are none; expected at least 2"
+            )
+        if pairs < 2 and fusion and self.matching_weight > 0:
+            return (
+                "objective.itm_weight takes other pairs of the batch as negatives, and there are none; expected at "
+                "least 2, or objective.itm_weight=0"
+            )
+        least = 3 if self._softmax else 2
+        if pairs >= least or not self.distils:
+            return None
+        why = "one has one, whose share is 1 whatever the model says" if pairs == 2 else "there are no others"
+        weights = "objective.relation_weight=0"
+        if self.name == "rvlr":
+            weights = "0 for objective.kd_weight, kd_image_weight and kd_text_weight"
+            weights = f"objective.relation_distance=mae with 2, or {weights}" if self._softmax else weights
+        return (
+            f"relations are a sample's to the others of its batch, and {why}; expected at least {least}, or {weights}"
+        )
+
     @property
     def needs_teachers(self) -> bool:
         return self.distils or self._contrasts_with_teachers
