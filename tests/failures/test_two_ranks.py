@@ -1,4 +1,5 @@
-"""Two ranks under the real launcher: bad numbers on one rank only, other world sizes in one training, a killed rank."""
+"""Two ranks: bad numbers on one rank only, other world sizes in one training; and under the real launchers, a killed
+rank."""
 
 import os
 import signal
@@ -13,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.train.forked_ranks import Group, run_groups, said
 from vlscale.cli.launcher import free_port
 from vlscale.config import load_plan
 from vlscale.train.metrics_file import read_metrics
 from vlscale.train.plan import train_plan
 
-# `vlscale train` whose pictures are NaN on rank 1 in the second step, or which sleeps in a step
-SCRIPT = """
-import os, sys, time
-from vlscale.cli import main
+# Pictures are NaN on rank 1 in the second step, or it sleeps in a step
+STUDENT = """
+import os, time
 from vlscale.train.inputs import Inputs
 real = Inputs.student
 spoil, sleep = int(os.environ.get("SPOIL", 0)), int(os.environ.get("SLEEP", 0))
@@ -33,6 +34,10 @@ def student(self, batch):
         time.sleep(600 if os.environ["RANK"] == "1" else 0)
     return inputs
 Inputs.student = student
+"""
+SCRIPT = f"""{STUDENT}
+import sys
+from vlscale.cli import main
 main(["train", *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))])
 """
 
@@ -51,11 +56,10 @@ def start(folder: Path, *arguments: str, launcher: str = "deepspeed", **environm
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def launch(folder: Path, *arguments: str, **environment: str) -> str:
-    process = start(folder, *arguments, **environment)
-    said = process.communicate(timeout=900)[1]
-    assert process.returncode == 0, said[-4000:]
-    return said
+def train(folder: Path, *words: str, ends_with: int = 0, before: str = "") -> None:
+    """Two ranks, forked."""
+    (codes,) = run_groups(folder, [Group(list(words), 2, before)])
+    assert codes == [ends_with] * 2, said(folder, 0)[-4000:]
 
 
 def alone(config: Path, out: Path, *overrides: str) -> None:
@@ -73,7 +77,8 @@ def test_a_bad_rank_is_seen_by_both_at_stages_2_and_3(tiny_config, tmp_path):
         "train: {max_steps: 3, checkpoint_every: 1, keep_checkpoints: 9, elastic: true, bad_numbers: skip}\n"
         "variants:\n  two: {engine: {zero_stage: 2}}\n  three: {engine: {zero_stage: 3}}\n"
     )
-    launch(tmp_path, str(recipe), "--out", str(tmp_path / "out"), SPOIL="2")
+    spoiling = f"import os\nos.environ['SPOIL'] = '2'\n{STUDENT}"
+    train(tmp_path, str(recipe), "--out", str(tmp_path / "out"), before=spoiling)
     for name in ("two", "three"):
         run = tmp_path / "out" / name
         assert [line["skipped_steps"] for line in lines(run)] == [0, 1, 1]
@@ -95,13 +100,12 @@ def test_two_one_two_ranks_follow_the_undisturbed_run(tiny_config, tmp_path, opt
     out = tmp_path / "out"
     out.mkdir()
     (out / "stop").touch()
-    first = start(tmp_path, str(recipe), "--out", str(out), "--resume")
-    first.communicate(timeout=900)
+    train(tmp_path, str(recipe), "--out", str(out), "--resume", ends_with=75)
     (out / "stop").touch()
     with pytest.raises(SystemExit):
         alone(recipe, out)
     assert [line["step"] for line in lines(out)] == [1, 2]
-    launch(tmp_path, str(recipe), "--out", str(out), "--resume")
+    train(tmp_path, str(recipe), "--out", str(out), "--resume")
     found, expected = lines(out), lines(tmp_path / "whole")
     assert [line["keys"] for line in found] == [line["keys"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)

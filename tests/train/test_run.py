@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.forked import run_command
 from vlscale.cli import main
 from vlscale.config import load_plan
 from vlscale.models.hf_folder import new_image_processor
@@ -101,9 +102,8 @@ KILLED_AT = {  # a function that training calls, and the call of it in which the
     "mid-save": ("vlscale.train.checkpoint.commit", 3),
 }
 VICTIM = """
-import os, signal, sys
+import os, signal
 from unittest.mock import patch
-from vlscale.cli import main
 from {module} import {name} as real
 calls = []
 def killer(*arguments):
@@ -111,8 +111,7 @@ def killer(*arguments):
     if len(calls) == {call}:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-with patch("{module}.{name}", killer):
-    main(sys.argv[1:])
+patch("{module}.{name}", killer).start()
 """
 
 
@@ -122,9 +121,7 @@ def test_kill_9_then_resume_ends_with_the_same_bytes(undisturbed, tiny_config, t
     module, name = function.rsplit(".", 1)
     waits = ["train.checkpoint_every=1", "train.checkpoint_async=false"]
     arguments = ["train", str(tiny_config), "--out", str(out), *waits]
-    victim = subprocess.run(
-        [sys.executable, "-c", VICTIM.format(module=module, name=name, call=call), *arguments], capture_output=True
-    )
+    victim = run_command(arguments, before=VICTIM.format(module=module, name=name, call=call))
     assert victim.returncode == -signal.SIGKILL
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1, 2, 3] and not (out / "final").exists()
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
@@ -139,7 +136,7 @@ def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(undisturbed, tiny_
     out = tmp_path / "run"
     script = VICTIM.replace("SIGKILL", "SIGTERM").format(module="vlscale.train.step", name="total_loss", call=3)
     arguments = ["train", str(tiny_config), "--out", str(out), "train.checkpoint_every=100"]
-    stopped = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    stopped = run_command(arguments, before=script)
     assert stopped.returncode == 75 and "stopped by a signal after step 3; continue with --resume" in stopped.stderr
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]
     train(tiny_config, out, "train.checkpoint_every=100", resume=True)
