@@ -3,7 +3,8 @@
 Rows go in waves. In a triangle a wave visits the columns from its own first row on: the square on the diagonal serves
 its rows, the rest serves rows and columns, whose sums are written per row tile and added in fixed order. So each pair
 of waves is computed once: N^2 (D_s + D_t) operations forward, the same again and 2 N^2 D_s backward, plus the squares'
-second halves. Backward makes blocks of H and takes them to dX with ordinary products, both sides of a block.
+second halves. Backward makes blocks of H and takes them to dX with ordinary products, both sides of a block. Where the
+parts of a row's last sums are added, its loss, its coefficients and whether it is sound are made of them at once.
 
 One process checks the constant reference on the device: where a sum is unsound, kernels that are always launched and
 return at once while their flag is clear compute maxima and start over (row scope with one reference a row and no
@@ -76,7 +77,7 @@ def relation_kl_statistics(
     offset: int | None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep."""
+    """(5, b) sums of the rows, and (5, n) of the columns in a pair sweep; a triangle adds its columns' to its rows'."""
     sums = student.weights.new_empty(SUMS, len(student.rows))
     columns = sums.new_empty(SUMS, len(student.columns)) if sweep is Sweep.PAIR else None
     _fill_statistics(sums, columns, student, teacher, references, sweep, offset, config)

@@ -128,6 +128,28 @@ def test_relation_mae_without_gradients():
     torch.testing.assert_close(*values)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_the_reference_reaches_over_all_logits_and_no_further_than_their_bound(side, kind):
+    """Whichever side has the larger logits, in several blocks of rows; too low a one would cost the fallback."""
+    from vlscale.kernels.chunked_relation import Tile
+    from vlscale.kernels.triton_relation_passes import relation_reference
+
+    from vlscale.kernels import primitives as p
+
+    x, z = k.embeddings("random", 70, 24)
+    x = x * torch.linspace(1, 2, 70, dtype=x.dtype)[:, None]
+    large, small = torch.tensor([[-900.0, 700.0], [-1.0, 0.5]], dtype=x.dtype)
+    weights = (large[:1].abs() if kind == "cosine" else large[:1], small) if side == "student" else (small[:1], large)
+    student, teacher = both_forms(x, x, weights[0], [24], kind), both_forms(z, z, weights[1], [16, 8], kind)
+    found = relation_reference(student[1], teacher[1]).cpu().double()
+    chosen = student if side == "student" else teacher
+    tile = chosen[0].logits(Tile((0, 70), (0, 70), False), *torch.empty(2, 70, 70, dtype=x.dtype))
+    reach = p.REACH[torch.float32]
+    assert tile.max() - reach <= found <= (chosen[1].bound().cpu().double() - reach) * (1 + 1e-6)
+    assert found > 0
+
+
 ROWS_OF_RANKS = [(0, slice(0, 40)), (40, slice(40, 70))]
 
 
