@@ -15,6 +15,7 @@ from vlscale.distributed import Ranks
 from vlscale.models.teacher_heads import TeacherHeads
 from vlscale.objectives.total import Embedded, relations_loss, total_loss
 from vlscale.sections import ObjectiveConfig
+from vlscale.train.comm import Comm
 from vlscale.train.setup import build_parts, gathered_anyway
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,4 +169,7 @@ def test_what_a_ring_cannot_bring_is_named(tiny_config):
         (keys, []),
     ):
         (run,) = load_plan(tiny_config, overrides)
-        assert [line.split()[0] for line in gathered_anyway(run.config)] == expected
+        way = Comm(run.config.engine.comm, gathered=0, memory=0).way
+        assert [line.split()[0] for line in gathered_anyway(run.config, way)] == expected
+    by_memory = Comm("auto", gathered=1 << 40, memory=1 << 40).way
+    assert [line.split()[0] for line in gathered_anyway(run.config, by_memory)] == [sorts]

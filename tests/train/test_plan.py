@@ -327,7 +327,7 @@ def test_traffic_follows_the_formulas():
 @pytest.mark.parametrize(("comm", "factor"), [("gather", 1.0), ("ring", 0.2)])
 def test_a_large_gallery_is_counted_by_the_way_it_comes(comm, factor, monkeypatch):
     """By ring a rank holds three blocks, not all columns."""
-    monkeypatch.setattr("vlscale.train.memory_plan_facts.choose_comm", lambda *args, **kwargs: comm)
+    monkeypatch.setattr("vlscale.train.comm.choose_comm", lambda *args, **kwargs: comm)
     plan = planned(config_of("train.global_batch_size=8192", "train.chunk_size=8", "objective.impl=chunked"), 64)
     tiles = 128 * 2048 * 4 * 4
     gathered = 8192 * 64 * 8

@@ -17,7 +17,7 @@ from vlscale.distributed.collectives import all_gather, reduce_scatter
 from vlscale.distributed.ranks import Ranks
 
 COMMS = ("auto", "gather", "ring", "half_ring")
-GATHER_BUDGET = 1 << 30  # bytes a rank may spend on other ranks' rows and on gradients of them
+GATHER_BUDGET = 1 << 30  # bytes that a rank may spend on other ranks' rows and on gradients of them, at least
 Tensors = Sequence[torch.Tensor]
 
 
@@ -77,7 +77,8 @@ def choose_comm(comm: str, bytes_gathered: int, *, relation: bool, budget: int =
 
     `auto`: gather while all ranks' rows and their gradients take at most `budget` bytes on this rank (it sends the
     columns once, and is the only way to a second derivative); beyond that half_ring for relations and ring for the
-    rest. Losses that are no relation have no symmetry to use: half_ring, set for a whole run, means ring for them.
+    rest. A run asks this once for all its losses, with the budget of its ranks' memory (`vlscale.train.comm`). Losses
+    that are no relation have no symmetry to use: half_ring, set for a whole run, means ring for them.
     """
     if comm not in COMMS:
         raise ValueError(f"comm: expected one of {', '.join(COMMS)}, got {comm!r}")

@@ -10,11 +10,15 @@ Peaks are the largest of three moments: `teachers`, `backward` and `update`. Wei
 states are there in all of them.
 """
 
+import os
 from dataclasses import dataclass, field
+
+import torch
 
 from vlscale.config import PlannedRun
 from vlscale.data.lanes import choose_lanes
 from vlscale.data.stream import open_train_corpus
+from vlscale.distributed import rank_memory
 from vlscale.sections import Config
 from vlscale.train.epochs import in_words, with_steps
 from vlscale.train.memory_plan_facts import MASTER, Run, gather_facts
@@ -41,6 +45,7 @@ class RunPlan:
     traffic: dict[str, int]  # bytes
     operations: dict[str, int]
     length: str = ""  # in steps, where they are known
+    comm: str = ""  # how losses meet rows of other ranks, where there are any
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -57,7 +62,7 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
     config = run.config
     choose_lanes(config.train.global_batch_size, world_size, config.data.lanes)  # says what does not divide
     length, *notes = _length(config)
-    facts = gather_facts(config, plan, world_size)
+    facts = gather_facts(config, plan, world_size, _memory_here(world_size))
     memory, host = _persistent(facts)
     passing = _passing(facts)
     text = config.model.text
@@ -88,8 +93,16 @@ def plan_run(run: PlannedRun, plan: list[PlannedRun], world_size: int) -> RunPla
         traffic=traffic(facts),
         operations=operations(facts),
         length=length,
+        comm=str(facts.met) if world_size > 1 else "",
         notes=notes,
     )
+
+
+def _memory_here(world_size: int) -> int:
+    """What a rank of this machine has: the ranks of a plan are taken to have as much."""
+    if torch.cuda.is_available():
+        return rank_memory(torch.device("cuda", 0))
+    return rank_memory(torch.device("cpu"), int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def _length(config: Config) -> list[str]:

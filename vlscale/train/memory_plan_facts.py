@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlscale.config import STAGE_PREFIX, PlannedRun
-from vlscale.distributed.blocks import choose_comm
 from vlscale.models.dual_encoder import final_folder
 from vlscale.sections import Config, ModelConfig
+from vlscale.train.comm import Comm
 from vlscale.train.deepspeed_json import json_for_deepspeed
+from vlscale.train.loss_terms import MASTER, Widths, gathered_bytes
 from vlscale.train.memory_plan_trace import (
     FusedCost,
     TowerCost,
@@ -19,8 +20,6 @@ from vlscale.train.memory_plan_trace import (
     trace_teacher_heads,
     trace_towers,
 )
-
-MASTER = 4  # bytes of a master weight, of a moment, and of a gradient inside a loss
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Run:
     zero: dict[str, Any]  # DeepSpeed's `zero_optimization`
     fused: FusedCost | None = None  # where the model has a fusion encoder: of the rows of one chunk
     teacher_heads: TowerCost | None = None  # rvlr's projections of its teachers' embeddings, of a rank's rows
+    memory: int = 0  # bytes that a rank has, where known: what engine.comm=auto decides by
 
     @property
     def fuses(self) -> bool:
@@ -127,11 +127,21 @@ class Run:
         return self.world if self.stage else 1
 
     @property
+    def widths(self) -> Widths:
+        fused = self.fused and self.fused.width
+        return Widths(self.config.model.embed_dim, self.teacher_width("vision"), self.teacher_width("text"), fused)
+
+    @property
+    def met(self) -> Comm:
+        """How losses meet the rows of other ranks."""
+        everyone = self.config.train.global_batch_size
+        gathered = gathered_bytes(self.config.objective, self.widths, everyone, self.size)
+        return Comm(self.config.engine.comm, gathered, self.memory)
+
+    @property
     def comm(self) -> str:
-        """How losses meet the rows of other ranks; what `auto` takes is the rule of the losses."""
-        width, everyone = self.config.model.embed_dim, self.config.train.global_batch_size
-        comm = choose_comm(self.config.engine.comm, (self.size + MASTER) * everyone * width, relation=False)
-        return "gather" if comm == "gather" else "ring"
+        """How contrasts do, which are no relations."""
+        return "gather" if self.met.way == "gather" else "ring"
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,10 @@ PASSES = {
 }
 
 
-def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
+def gather_facts(config: Config, plan: list[PlannedRun], world: int, memory: int = 0) -> Run:
     """Traces the towers of a run; seconds for a large one."""
     chunk, zero = config.train.chunk_size, json_for_deepspeed(config, world)["zero_optimization"]
-    whole = Run(config, world, {}, {}, {}, {}, picture_side(config), zero)
+    whole = Run(config, world, {}, {}, {}, {}, picture_side(config), zero, memory=memory)
     if chunk is not None and whole.local % chunk:
         raise ValueError(
             f"train.chunk_size={chunk} does not divide a rank's {whole.local} pairs (train.global_batch_size="
@@ -177,7 +187,8 @@ def gather_facts(config: Config, plan: list[PlannedRun], world: int) -> Run:
     if config.teacher.source in ("frozen_copy", "hf"):
         teacher = _teacher_config(config, plan)
         teachers = trace_towers(teacher, dict.fromkeys(rows, whole.at_once), learning=False)
-    widths = {name: tower.width for name, tower in teachers.items()}
+    projected = config.teacher.source == "frozen_copy" and config.model.init_from is not None
+    widths = {name: config.model.embed_dim if projected else tower.width for name, tower in teachers.items()}
     towers, fused = trace_towers(config, rows), None
     if config.model.fusion is not None:
         fused = trace_fused(config, rows, whole.at_once, chunk=whole.at_once < whole.local)

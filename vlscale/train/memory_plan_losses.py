@@ -1,66 +1,18 @@
-"""What the losses of a run cost a rank: which terms there are, and the bytes, products and traffic of each.
+"""What the losses of a run cost a rank: the bytes, products and traffic of each of their terms.
 
 Legend: as in `memory_plan`; F = D_s + D_t, the widths of a relation term's student and of all its teachers; L of them
 get a gradient, numbers a row. Where the formulas come from: vlscale.objectives.sharded_contrastive,
 sharded_relation_kl, sharded_relation_match.
 """
 
-from dataclasses import dataclass
-
-from vlscale.distributed.blocks import choose_comm
 from vlscale.kernels.chunked_relation_match import ROW_ELEMENTS
-from vlscale.train.memory_plan_facts import MASTER, Run
+from vlscale.train.loss_terms import MASTER, Relations, contrasts, relations
+from vlscale.train.memory_plan_facts import Run
 
 IDS = 20  # bytes of a pair's id, and of its sums over positives
 WAVE_BYTES = 1 << 30  # the Triton losses' at their largest
 SORTED = 40  # bytes an element of the rows that Wasserstein sorts at once
 GRAM = 8  # bytes of an element of mse's (F, F) matrix
-
-
-@dataclass(frozen=True)
-class Relations:
-    """A term that holds a student's relations to those of teachers."""
-
-    distance: str  # kl, mae, mse or wasserstein
-    student: int  # D_s
-    teachers: int  # D_t
-    frozen_student: bool = False
-    mixed: bool = False  # the teachers' weights learn; but for kl they get their gradient by that of the teachers' rows
-
-    @property
-    def width(self) -> int:
-        return self.student + self.teachers
-
-    @property
-    def learned(self) -> int:
-        return self.student * (not self.frozen_student) + self.teachers * (self.mixed and self.distance != "kl")
-
-
-def contrasts(run: Run) -> int:
-    """How many terms contrast two embeddings of each pair."""
-    o = run.config.objective
-    weights = [o.contrastive_weight, o.view_weight, o.caption_weight]
-    if o.name == "rvlr":
-        weights += [o.iic_weight, o.ttc_weight]
-    return sum(weight > 0 for weight in weights)
-
-
-def relations(run: Run) -> list[Relations]:
-    """The terms that hold relations, in the order of the objectives."""
-    o, width = run.config.objective, run.config.model.embed_dim
-    if o.name != "rvlr":
-        weights = {"vision": o.image_relation_weight, "text": o.text_relation_weight}
-        return [Relations("kl", width, run.teacher_width(name)) for name, weight in weights.items() if weight > 0]
-    image, text = run.teacher_width("vision"), run.teacher_width("text")
-    students = [width, width] if run.fused is None else [run.fused.width]
-    kd = [Relations(o.relation_distance, student, image + text, mixed=True) for student in students]
-    if o.cross_modal_relation:
-        kd.append(Relations(o.relation_distance, width, width + image + text, mixed=True))
-    terms = kd * (o.kd_weight > 0)
-    for teacher, weight in ((image, o.kd_image_weight), (text, o.kd_text_weight)):
-        if weight > 0:
-            terms.append(Relations(o.relation_distance, teacher, image + text, frozen_student=True, mixed=True))
-    return terms
 
 
 def loss_bytes(run: Run) -> int:
@@ -69,16 +21,16 @@ def loss_bytes(run: Run) -> int:
     By gather a contrast holds the N columns and their gradients; by ring three blocks of b. The distances but kl make
     their gradients in the forward and keep nothing else.
     """
-    width, everyone = run.config.model.embed_dim, run.config.train.global_batch_size
+    o, width, everyone = run.config.objective, run.config.model.embed_dim, run.config.train.global_batch_size
     away = _away(run, run.comm)
     sums = 6 * MASTER * (everyone + run.local)
     held = away * run.size * (run.world > 1)
     contrast = width * (held + MASTER * (away if run.world > 1 else everyone) + MASTER * run.local) + sums
-    terms = [_bytes_of(term, run) for term in relations(run)]
+    terms = [_bytes_of(term, run) for term in relations(o, run.widths)]
     tile = min(run.local, 512) * min(everyone, 2048) * MASTER * 4
-    wave = min(run.local, 8192) * min(everyone, 65536) * 2 if run.config.objective.impl != "chunked" else 0
+    wave = min(run.local, 8192) * min(everyone, 65536) * 2 if o.impl != "chunked" else 0
     passing = max((passing for _, passing in terms), default=0)
-    return contrasts(run) * contrast + sum(kept for kept, _ in terms) + passing + max(tile, min(wave, WAVE_BYTES))
+    return contrasts(o) * contrast + sum(kept for kept, _ in terms) + passing + max(tile, min(wave, WAVE_BYTES))
 
 
 def _bytes_of(term: Relations, run: Run) -> tuple[int, int]:
@@ -111,8 +63,8 @@ def loss_traffic(run: Run) -> int:
         columns = (run.world - 1) * run.local * (2 * width * run.size + 4)
         contrast = columns + everyone * (MASTER * width + 4)
     contrast += others * everyone * IDS
-    relation = sum(_traffic_of(term, run) for term in relations(run))
-    return int(contrasts(run) * contrast * run.passes.consistency + relation)
+    relation = sum(_traffic_of(term, run) for term in relations(run.config.objective, run.widths))
+    return int(contrasts(run.config.objective) * contrast * run.passes.consistency + relation)
 
 
 def _traffic_of(term: Relations, run: Run) -> float:
@@ -141,14 +93,14 @@ def loss_operations(run: Run) -> int:
     Wasserstein 2 N^2 (F + L), mse 2 N F^2 and twice that again where rows learn."""
     everyone, width = run.config.train.global_batch_size, run.config.model.embed_dim
     relation = 0
-    for term in relations(run):
+    for term in relations(run.config.objective, run.widths):
         if term.distance == "mse":
             relation += 2 * everyone * term.width**2 * (1 if term.frozen_student else 3)
         else:
             relation += 2 * everyone**2 * (term.width + term.learned)
         if term.distance == "kl":
             relation += everyone**2 * (2 * term.width + term.teachers * term.mixed)
-    return (8 * everyone**2 * width * contrasts(run) * run.passes.consistency + relation) // run.world
+    return (8 * everyone**2 * width * contrasts(run.config.objective) * run.passes.consistency + relation) // run.world
 
 
 def _away(run: Run, comm: str) -> int:
@@ -157,8 +109,5 @@ def _away(run: Run, comm: str) -> int:
 
 
 def _comm(term: Relations, run: Run) -> str:
-    """How a relation term meets the rows of other ranks: by the rule of the losses."""
-    if term.distance == "wasserstein":
-        return "gather"
-    gathered = run.config.train.global_batch_size * term.width * (run.size + MASTER)
-    return choose_comm(run.config.engine.comm, gathered, relation=True)
+    """How a relation term meets the rows of other ranks."""
+    return "gather" if term.distance == "wasserstein" else run.met.way

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
+from vlscale.train.comm import in_units
 from vlscale.train.memory_plan import RunPlan
-
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ def _one(plan: RunPlan, rates: Rates) -> str:
     lines.append(f"  parameters                     {plan.parameters:>15,} ({plan.learned:,} learn)")
     if plan.length:
         lines.append(f"  steps                          {plan.length:>15}")
+    if plan.comm:
+        lines.append(f"  losses meet other ranks by     {plan.comm}")
     lines.append("  memory of a rank")
     lines += [_line(what, count) for what, count in plan.memory.items() if count]
     lines += [_line(f"{what} (host)", count) for what, count in plan.host_memory.items()]
@@ -41,8 +42,8 @@ def _one(plan: RunPlan, rates: Rates) -> str:
 
 
 def _line(what: str, count: int) -> str:
-    power = min(len(UNITS) - 1, max(0, (max(count, 1).bit_length() - 1) // 10))
-    return f"    {what:<28} {count / 1024**power:>15,.1f} {UNITS[power]}"
+    number, unit = in_units(count).split()
+    return f"    {what:<28} {number:>15} {unit}"
 
 
 def _time(plan: RunPlan, rates: Rates) -> str:

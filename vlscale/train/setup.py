@@ -18,10 +18,9 @@ from vlscale.data.lanes import StreamState, choose_lanes
 from vlscale.data.manifest import Manifest
 from vlscale.data.samples import read_manifest
 from vlscale.data.stream import TrainStream, open_train_corpus
-from vlscale.data.teacher_cache import CacheHeader, read_header
-from vlscale.data.teacher_files import cache_place
+from vlscale.data.teacher_cache import CacheHeader
 from vlscale.data.tokens import train_tokenizer
-from vlscale.distributed import Ranks, gather_rows
+from vlscale.distributed import Ranks, agreed_memory, gather_rows
 from vlscale.logging import get_logger
 from vlscale.models.checkpointing import checkpoint_blocks
 from vlscale.models.dual_encoder import DualEncoder, build_dual_encoder, final_folder
@@ -34,10 +33,12 @@ from vlscale.objectives.masked_language import Words
 from vlscale.sections import Config, ObjectiveConfig, TrainConfig
 from vlscale.train.agreed_stream import AgreedStream
 from vlscale.train.cached_teachers import check_teacher_cache
+from vlscale.train.comm import Comm
 from vlscale.train.deepspeed_json import json_for_deepspeed
 from vlscale.train.epochs import as_asked
 from vlscale.train.frozen_teachers import TEACHERS, Stamp, check_same_teachers, live_stamp, stamp_text
 from vlscale.train.inputs import Inputs
+from vlscale.train.loss_terms import Widths, gathered_bytes
 
 TOKENIZER = "tokenizer"  # folder in a run
 CORPUS = "data.json"  # likewise a file: what it is trained on
@@ -54,6 +55,7 @@ class Parts:
     teachers: Teachers | None
     inputs: Inputs
     manifest: Manifest
+    comm: str  # how losses meet rows of other ranks: gather, ring or half_ring
     stamp: Stamp | None = None  # rank 0's, where there are teachers
 
 
@@ -212,7 +214,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks, manifest: Manifest |
     if config.objective.needs_teachers:
         teachers = build_teachers(config.teacher, model, projected=config.model.init_from is not None)
     if config.objective.name == "rvlr" and config.objective.needs_teachers:
-        model.teacher_heads = TeacherHeads(*_teacher_widths(config, teachers), config.model.embed_dim)
+        model.teacher_heads = TeacherHeads(*_teacher_widths(header or teachers), config.model.embed_dim)
         if model.fusion is None:
             get_logger().info("objective.itm_weight is 0: matching needs a fusion encoder, and the model has none")
     words = None
@@ -221,8 +223,7 @@ def build_parts(config: Config, folder: Path, ranks: Ranks, manifest: Manifest |
         model.masked_head = MaskedHead(model.fusion.width, words.size)
     if model.fusion is not None and not config.objective.fuses:
         get_logger().info("no objective has a weight that looks at the fusion encoder: it stays as it is")
-    for what in gathered_anyway(config) if ranks.size > 1 else ():
-        get_logger().info("engine.comm=%s: %s, whose embeddings are gathered all the same", config.engine.comm, what)
+    comm = decide_comm(config, model, header or teachers, ranks)
     if config.why_joint:
         get_logger().warning("meta.mode=%s trains as joint: %s", config.meta.mode, config.why_joint)
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
@@ -245,14 +246,32 @@ def build_parts(config: Config, folder: Path, ranks: Ranks, manifest: Manifest |
     if config.data.decode == "device":
         _check_resample(inputs.teacher_spec, "the image teacher's processor")
     torch.manual_seed(config.train.seed * 1000 + ranks.rank)  # dropout differs between ranks
-    return Parts(tokenizer, processor, spec, model, teachers, inputs, manifest, stamp)
+    return Parts(tokenizer, processor, spec, model, teachers, inputs, manifest, comm, stamp)
 
 
-def gathered_anyway(config: Config) -> list[str]:
-    """What needs the rows of all ranks at once, where `engine.comm` asks for a ring."""
+def decide_comm(config: Config, model: DualEncoder, teachers: Teachers | CacheHeader | None, ranks: Ranks) -> str:
+    """gather, ring or half_ring, the same on every rank; the log says what `auto` takes and why."""
+    if ranks.size == 1:
+        return "gather"
+    size = 2 if config.engine.dtype == "bf16" else 4
+    fused = None if model.fusion is None else model.fusion.width
+    widths = Widths(config.model.embed_dim, *_teacher_widths(teachers), fused)
+    gathered = gathered_bytes(config.objective, widths, config.train.global_batch_size, size)
+    comm = Comm(config.engine.comm, gathered, agreed_memory(ranks))
+    if comm.asked == "auto":
+        get_logger().info("engine.comm=auto: %s", comm)
+    for what in gathered_anyway(config, comm.way):
+        get_logger().info("engine.comm=%s: %s, whose embeddings are gathered all the same", comm.asked, what)
+    return comm.way
+
+
+def gathered_anyway(config: Config, way: str) -> list[str]:
+    """What needs the rows of all ranks at once, where the others go round in a ring."""
     o, found = config.objective, []
-    if config.engine.comm not in ("ring", "half_ring"):
+    if way == "gather":
         return found
+    if config.meta_mode == "heads":
+        found.append("meta.mode=heads differentiates the contrastive loss twice")
     if o.name == "rvlr" and o.distils and o.relation_distance == "wasserstein":
         found.append("objective.relation_distance=wasserstein sorts whole rows of relations")
     if config.model.fusion is not None and o.matching_weight > 0:
@@ -268,11 +287,9 @@ def _check_resample(spec: ImageSpec, whose: str) -> None:
         )
 
 
-def _teacher_widths(config: Config, teachers: Teachers | None) -> tuple[int, int]:
-    if teachers is not None:
-        return teachers.image.width, teachers.text.width
-    header = read_header(cache_place(config.teacher.cache, config.data))
-    return header.image.width, header.text.width
+def _teacher_widths(teachers: Teachers | CacheHeader | None) -> tuple[int, int]:
+    """Of its image and its text embeddings; (0, 0) where there are none."""
+    return (0, 0) if teachers is None else (teachers.image.width, teachers.text.width)
 
 
 def _same_teachers(

@@ -38,7 +38,7 @@ class Trainer:
             config.meta,
             ranks,
             config.train.chunk_size,
-            config.engine.comm,
+            parts.comm,
         )
         self._one = STEPS[config.meta_mode]
         self._guard = Guard(
