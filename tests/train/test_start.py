@@ -1,5 +1,6 @@
 """What a run says at its start, and what it finds wrong there: once, in one line, before anything heavy."""
 
+import io
 import re
 import shutil
 import tarfile
@@ -36,21 +37,38 @@ def faulty(corpus, tmp_path) -> str:
     return f"data.train={folder}/train-*.tar"
 
 
+@pytest.fixture
+def evaluated(corpus, tmp_path) -> list[str]:
+    """After each of two steps, a shard without two pictures, and with one that is half a picture."""
+    shard = tmp_path / "val-000000.tar"
+    with tarfile.open(corpus / shard.name) as whole, tarfile.open(shard, "w") as lacking:
+        pictures = [member.name for member in whole.getmembers() if member.name.endswith(".jpg")]
+        for member in whole.getmembers():
+            if member.name not in pictures[:2]:
+                content = whole.extractfile(member).read()
+                content = content[: len(content) // 2] if member.name == pictures[2] else content
+                member.size = len(content)
+                lacking.addfile(member, io.BytesIO(content))
+    return [f"data.val={shard}", "eval.every=1", "train.max_steps=2"]
+
+
 def left_out(text: str) -> Counter:
-    return Counter(line[line.index("left out") :] for line in text.splitlines() if "left out" in line)
+    said = ("left out", "skipped sample")
+    return Counter(line[line.index(what) :] for line in text.splitlines() for what in said if what in line)
 
 
-def test_what_was_left_out_is_told_once_whoever_reads_the_corpus(tiny_config, faulty, tmp_path, caplog):
-    train_plan(load_plan(tiny_config, [faulty, *EVERY_READER]), tmp_path / "run", resume=False)
+def test_what_was_left_out_is_told_once_whoever_reads_the_corpus(tiny_config, faulty, evaluated, tmp_path, caplog):
+    train_plan(load_plan(tiny_config, [faulty, *EVERY_READER, *evaluated]), tmp_path / "run", resume=False)
     told = left_out(caplog.text)
-    assert len(told) == 2 and set(told.values()) == {1}, told
+    assert len(told) == 6 and set(told.values()) == {1}, told
 
 
-def test_what_was_left_out_is_told_once_by_two_ranks(tiny_config, faulty, tmp_path):
-    done = launch(Path(tiny_config), tmp_path / "run", faulty, *EVERY_READER)
+def test_what_was_left_out_is_told_once_by_two_ranks(tiny_config, faulty, evaluated, tmp_path):
+    done = launch(Path(tiny_config), tmp_path / "run", faulty, *EVERY_READER, *evaluated)
     assert done.returncode == 0, done.stderr[-4000:]
     told = left_out(done.stderr + done.stdout)
-    assert len(told) == 2 and set(told.values()) == {1}, told
+    assert len(told) == 6 and set(told.values()) == {1}, told
+    assert sum("engine.comm=auto: gather: " in line for line in done.stderr.splitlines()) == 1
 
 
 UNWRITABLE = "/proc/vlscale/run"  # which no user can make, whatever permissions say

@@ -1,7 +1,7 @@
 """A corpus as embeddings: what every evaluation reads, and how a model makes it, spread over ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -43,11 +43,18 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How samples become model inputs."""
+    """How samples become model inputs; and what was said of those that cannot, however often they are read."""
 
     spec: ImageSpec
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    said: set[str] = field(default_factory=set, compare=False)
+
+    def first_time(self, said: str) -> bool:
+        """Whether this is to be said now: nothing is said twice."""
+        new = said not in self.said
+        self.said.add(said)
+        return new
 
 
 @torch.no_grad()
@@ -66,7 +73,7 @@ def embed_corpus(
     Each rank embeds a contiguous part. The ranks forward in step, with empty batches at the end of shorter parts, since
     sharded parameters (ZeRO-3) are gathered by all ranks together.
     """
-    manifest = open_corpus(urls, data)
+    manifest = open_corpus(urls, data, tell=ranks.first and preprocess.first_time(f"corpus {urls}"))
     samples, parts = read_manifest(manifest, data, shard=(ranks.rank, ranks.size)), []
     if progress is not None:
         progress.expect(manifest.num_samples // ranks.size)
@@ -128,7 +135,8 @@ def decode_batch(
             images.append(torch.from_numpy(decode_eval(sample.image, preprocess.spec, max_pixels)).permute(2, 0, 1))
             read.append(sample)
         except BadSample as fault:
-            get_logger().warning("skipped sample %s: %s", sample.key, fault)
+            if preprocess.first_time(f"{sample.key}: {fault}"):
+                get_logger().warning("skipped sample %s: %s", sample.key, fault)
     size = preprocess.spec.size
     pixels = torch.stack(images) if images else torch.zeros(1, 3, size, size, dtype=torch.uint8)
     return read, normalise(pixels.to(device), preprocess.spec)
