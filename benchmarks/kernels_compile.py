@@ -147,14 +147,9 @@ def fused_builds(arch: int, dtype: str) -> Iterator[Build]:
 PASS = Config(passes.ROWS, passes.PLACES, passes.FEATURES, warps=4)  # what a launch takes that names no warps
 
 
-SUMMED, MAXIMA = ({"MAXIMUM": maximum, "GUARDED": maximum} for maximum in (False, True))
-MAXIMA |= {"part_c_ptr": None, "out_c_ptr": None}
-
-
 def around(dtype: str) -> Iterator[tuple[object, str, dict]]:
     """Passes around the kernels, (kernel, variant, compile-time constants); those over sums are float32 whatever."""
     yield from around_relations(dtype)
-    yield passes.pair_products_kernel, "", {}
     yield passes.own_products_kernel, "", {}
     gradient = {"CENTRED": dtype != "fp32", "HAS_FACTOR": True}
     for own in (True, False):
@@ -163,13 +158,6 @@ def around(dtype: str) -> Iterator[tuple[object, str, dict]]:
         yield passes.deviations_kernel, "", {}
         yield passes.centre_kernel, "", {}
         return
-    for maximum in (False, True):
-        for first in (True, False):
-            variant = ("maxima" if maximum else "sums") + ("" if first else ", on top")
-            constants = {"FIRST": first, "MAXIMUM": maximum, "GUARDED": maximum}
-            yield passes.partial_sums_kernel, variant, constants
-            if not maximum:
-                yield passes.partial_sums_kernel, variant + ", float64", constants
     yield from between()
 
 
@@ -197,13 +185,16 @@ def around_relations(dtype: str) -> Iterator[tuple[object, str, dict]]:
 
 
 def between() -> Iterator[tuple[object, str, dict]]:
-    """Passes over the contrastive loss's sums."""
-    yield sides.reference_kernel, "", {"BLOCK_N": sides.WIDE}
+    """Passes over sums; the rest are the contrastive loss's."""
     for first in (True, False):
-        variant = "" if first else ", on top"
-        for_all = {f"FIRST_{name}": first for name in "ABC"}
-        yield passes.several_sums_kernel, f"3, float64{variant}", for_all | {"COUNT": 3} | SUMMED
-        yield passes.several_sums_kernel, f"2, maxima{variant}", for_all | {"COUNT": 2} | MAXIMA
+        each = {f"FIRST_{job}": first for job in "ABC"}
+        for count, kind in ((1, "float64"), (2, ""), (2, "maxima"), (3, "float64")):
+            maximum = kind == "maxima"
+            absent = {f"{name}_{job}_ptr": None for job in "abc"[count:] for name in ("part", "out")}
+            variant = str(count) + (f", {kind}" if kind else "") + ("" if first else ", on top")
+            constants = each | absent | {"COUNT": count, "MAXIMUM": maximum, "GUARDED": maximum}
+            yield passes.several_sums_kernel, variant, constants
+    yield sides.reference_kernel, "", {"BLOCK_N": sides.WIDE}
     for ids in (False, True):
         each = {"HAS_IDS": ids, "CHECKED": True, "BLOCK_N": sides.WIDE}
         yield sides.pair_weights_kernel, "ids" if ids else "", each

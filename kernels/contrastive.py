@@ -133,14 +133,14 @@ def _(u, v, w, grad, image, text, scale, pair_id, statistics, impl):
 
 
 def _save_forward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # of what comes with the loss
     ctx.save_for_backward(*inputs[:4], output[1])
     ctx.impl = inputs[4]
 
 
 def _backward(ctx, grad, _):
     if grad is None:  # a second derivative, which the gradient's own op has taken
-        return None, None, None, None, None
+        return (None,) * 5
     needed = ctx.needs_input_grad[:3]
     grads = backward_op(grad, *ctx.saved_tensors, ctx.impl, *needed[:2])
     return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None

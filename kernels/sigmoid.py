@@ -118,10 +118,13 @@ def _(u, v, w, t, grad, image, text, scale, bias, pair_id):
 
 
 def _save_forward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # of what comes with the loss
     ctx.save_for_backward(*inputs[:5], *output[1:])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:  # a second derivative, which the gradient's own op has taken
+        return (None,) * 7
     inputs, made = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     needed = list(ctx.needs_input_grad[:4])
     grads = backward_op(grad, *inputs, list(made), needed)

@@ -18,30 +18,6 @@ PARTS, PLACES = 32, 128  # at once, in passes over sums
 
 
 @triton.jit
-def pair_products_kernel(x_ptr, y_ptr, out_ptr, b, D, stride_x, stride_y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out (3, b) in float32: |x_p|^2, |y_p|^2 and x_p . y_p."""
-    first = tl.program_id(0) * BLOCK_M
-    row, feature = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    row_ok = row < b - first
-    x = x_ptr + tl.cast(first, tl.int64) * stride_x + (row[:, None] * stride_x + feature[None, :])
-    y = y_ptr + tl.cast(first, tl.int64) * stride_y + (row[:, None] * stride_y + feature[None, :])
-    of_x = tl.zeros((BLOCK_M,), tl.float32)
-    of_y = tl.zeros((BLOCK_M,), tl.float32)
-    both = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        ok = row_ok[:, None] & (feature < D - start)[None, :]
-        left = tl.load(x + start, mask=ok, other=0.0).to(tl.float32)
-        right = tl.load(y + start, mask=ok, other=0.0).to(tl.float32)
-        of_x += tl.sum(left * left, 1)
-        of_y += tl.sum(right * right, 1)
-        both += tl.sum(left * right, 1)
-    out = out_ptr + first + row
-    tl.store(out, of_x, mask=row_ok)
-    tl.store(out + b, of_y, mask=row_ok)
-    tl.store(out + 2 * tl.cast(b, tl.int64), both, mask=row_ok)
-
-
-@triton.jit
 def own_products_kernel(
     x_ptr, y_ptr, out_ptr, largest_ptr, b, D, stride_x, stride_y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -92,32 +68,16 @@ def sum_of_parts(
 
 
 @triton.jit
-def partial_sums_kernel(
-    part_ptr, out_ptr, flag_ptr, parts, n, stride_part, plane_part, plane_out,
-    FIRST: tl.constexpr, MAXIMUM: tl.constexpr, GUARDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out (planes, n) becomes the sum over parts of (planes, parts, n), or the maximum; unless FIRST with what it was.
-
-    Only while the flag is set, if GUARDED.
-    """
-    if GUARDED:
-        if tl.load(flag_ptr) == 0:
-            return
-    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    plane = tl.program_id(1).to(tl.int64)
-    out, ok = out_ptr + plane * plane_out + place, place < n
-    part = part_ptr + plane * plane_part
-    tl.store(out, sum_of_parts(part, out, place, ok, parts, stride_part, FIRST, MAXIMUM, BLOCK_M, BLOCK_N), mask=ok)
-
-
-@triton.jit
 def several_sums_kernel(
     part_a_ptr, out_a_ptr, parts_a, n_a, stride_a, part_b_ptr, out_b_ptr, parts_b, n_b, stride_b,
     part_c_ptr, out_c_ptr, parts_c, n_c, stride_c, flag_ptr,
     FIRST_A: tl.constexpr, FIRST_B: tl.constexpr, FIRST_C: tl.constexpr, COUNT: tl.constexpr,
     MAXIMUM: tl.constexpr, GUARDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial_sums_kernel of one to three, one plane each, out (n,) from (parts, n); the second axis says which."""
+    """One to three outs (n,) become the sum over parts of (parts, n), or the maximum; unless FIRST with what they were.
+
+    The second axis says which. Only while the flag is set, if GUARDED.
+    """
     if GUARDED:
         if tl.load(flag_ptr) == 0:
             return
@@ -219,15 +179,6 @@ def gradient_kernel(
     tl.store(out, value.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def pair_products(x: Tensor, y: Tensor) -> Tensor:
-    """(3, b) in float32: squared norms of x (b, D), of y (b, D), and their products pair by pair."""
-    out = torch.empty(3, len(x), dtype=torch.float32, device=x.device)
-    pair_products_kernel[(triton.cdiv(len(x), ROWS),)](
-        x, y, out, *x.shape, x.stride(0), y.stride(0), BLOCK_M=ROWS, BLOCK_K=FEATURES
-    )
-    return out
-
-
 def own_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(x_p . y_p (b,), largest squared norms of both sides by blocks of rows (2, blocks)), float32."""
     programs = triton.cdiv(len(x), ROWS)
@@ -239,20 +190,11 @@ def own_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return own, largest
 
 
-def add_parts(parts: Tensor, out: Tensor, *, first: bool, flag: Tensor | None = None, maximum: bool = False) -> None:
-    """out (planes, n) from parts (planes, P, at least n): their sum or maximum, over what it holds or, `first`, anew.
-
-    With a `flag` only while that is set.
-    """
-    grid = triton.cdiv(out.shape[1], PLACES), out.shape[0]
-    partial_sums_kernel[grid](
-        parts, out, flag, parts.shape[1], out.shape[1], parts.stride(1), parts.stride(0), out.stride(0),
-        FIRST=first, MAXIMUM=maximum, GUARDED=flag is not None, BLOCK_M=PARTS, BLOCK_N=PLACES,
-    )  # fmt: skip
-
-
 def add_several(*sums: tuple[Tensor, Tensor, bool], flag: Tensor | None = None, maximum: bool = False) -> None:
-    """add_parts of up to three (parts (P, at least n), out (n,), first) in one launch."""
+    """Up to three outs (n,) from parts (P, at least n): sum or maximum, over what they hold or, `first`, anew.
+
+    Each (parts, out, first). With a `flag` only while that is set.
+    """
     given = [(part, out, part.shape[0], out.shape[0], part.stride(0), first) for part, out, first in sums]
     given += [(None, None, 0, 0, 0, True)] * (3 - len(sums))
     grid = triton.cdiv(max(len(out) for _, out, _ in sums), PLACES), len(sums)

@@ -24,7 +24,7 @@ from torch import Tensor
 from .chunked import HALF, row_blocks, spans
 from .chunked_relation import Sweep, Tile
 from .triton_gradient import Centred, add_product, stored_dtype
-from .triton_passes import finished_gradient, pair_products
+from .triton_passes import finished_gradient, own_products
 from .triton_tiles import exponential, product_tile, some_left_out
 
 NOISE = tl.constexpr(4 * 2.0**-23)  # of the squared norms' sum: what a squared distance may be by rounding alone
@@ -83,7 +83,7 @@ class Operand:
     def _largest_square(self, emb: Tensor) -> Tensor:
         """Over rows of emb the largest sum of squares, each feature times its weight's size."""
         if len(self.widths) == 1:
-            return pair_products(emb, emb)[0].amax() * self.weights[0].abs()
+            return own_products(emb, emb)[1][0].amax() * self.weights[0].abs()
         spread = self.spread().abs()
         blocks = [(emb[i].to(spread.dtype).square() * spread).sum(1).amax() for i in row_blocks(*emb.shape)]
         return torch.stack(blocks).amax()

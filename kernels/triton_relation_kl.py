@@ -19,7 +19,7 @@ from torch import Tensor
 from .chunked import SUM_BITS, spans
 from .chunked_relation import Sweep, Tile
 from .chunked_relation_kl import SUMS, References, relation_kl_coefficients, relation_kl_terms
-from .triton_passes import add_parts
+from .triton_passes import add_several
 from .triton_relation import Operand, OperandGradient, OperandWeights, sizes, waves
 from .triton_relation_passes import Losses, add_relation_sums, add_weight_sums, relation_reference
 from .triton_relation_statistics import relation_maxima_kernel, relation_statistics_kernel
@@ -65,7 +65,8 @@ def relation_maxima(
         relation_maxima_kernel[grid](
             run, *student.pointers(), *teacher.pointers(), parts, i[0], *extent, **_constants(student, teacher, config)
         )
-        add_parts(parts, maxima[:, slice(*i)], first=True, flag=run, maximum=True)
+        both = ((part, of_one[slice(*i)], True) for part, of_one in zip(parts, maxima, strict=True))
+        add_several(*both, flag=run, maximum=True)
     return maxima[0], maxima[1]
 
 

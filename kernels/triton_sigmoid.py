@@ -14,7 +14,7 @@ from torch import Tensor
 from .chunked import spans
 from .chunked_contrastive import Positives
 from .triton_gradient import Centred, OwnPairs, SideGradient, add_product, stored_dtype
-from .triton_passes import add_parts, own_products
+from .triton_passes import add_several, own_products
 from .triton_tiles import Config, Work, choose_config, product_tile, same_pair, store_weights
 
 
@@ -82,13 +82,13 @@ def sigmoid_sweep(
     config = config or choose_config(x, Work.NARROW if has_ids else Work.FULL)
     stored = stored_dtype(x, dtype)
     gradient = want_x or want_y or want_scalars
-    left, right = Centred(x, dtype, stored), Centred(y, dtype, stored)
+    left, right = Centred.both(x, y, dtype, stored) if want_x or want_y else (None, None)
     own, pairs = (None, (None, None)) if has_ids else _own_pairs(x, y, scale, bias, positives.offset)
     dx, dy = (
         SideGradient(rows, others, dtype, of_side) if want else None
         for rows, others, of_side, want in ((x, right, pairs[0], want_x), (y, left, pairs[1], want_y))
     )
-    row_sums, row_totals = (None, None) if dx is None else dx.new_sums()
+    row_sums, row_totals = (None, scale.new_empty(len(x))) if dx is None else dx.new_sums()
     height, width = min(len(x), config.wave_rows), min(len(y), config.wave_columns)
     block = torch.empty((height, width) if gradient else (1, 1), dtype=stored, device=x.device)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
@@ -100,19 +100,20 @@ def sigmoid_sweep(
             shape = i[1] - i[0], j[1] - j[0]
             g, mine = block[: shape[0], : shape[1]], slice(*i)
             grid = triton.cdiv(shape[0], config.block_m), triton.cdiv(shape[1], config.block_n)
-            by_row, by_col = scale.new_zeros(3, grid[1], shape[0]), scale.new_empty(1, grid[0], shape[1])
+            by_row, by_col = scale.new_zeros(3, grid[1], shape[0]), scale.new_empty(grid[0], shape[1])
             sigmoid_kernel[grid](
                 x, y, scale, bias, positives.row_ids, positives.col_ids, g, by_row, by_col,
                 i[0], i[1], j[0], j[1], x.shape[1], x.stride(0), y.stride(0), g.stride(0), positives.offset,
                 HAS_IDS=has_ids, GRADIENT=gradient, **config.launch(),
             )  # fmt: skip
             sums += by_row.sum((1, 2), dtype=torch.float64)
+            rows_first, columns_first = j[0] == 0, i[0] == 0
+            if want_x or want_y:
+                add_several((by_row[1], row_totals[mine], rows_first), (by_col, column_totals, columns_first))
             if row_sums is not None:
-                add_parts(by_row[1:2], row_totals[None, mine], first=j[0] == 0)
-                add_product(row_sums[mine], g, there, first=j[0] == 0)
+                add_product(row_sums[mine], g, there, first=rows_first)
             if column_sums is not None:
-                add_parts(by_col, column_totals[None], first=i[0] == 0)
-                add_product(column_sums, g.T, left.part(mine), first=i[0] == 0)
+                add_product(column_sums, g.T, left.part(mine), first=columns_first)
         if dy is not None:
             dy.finish(j[0], column_sums, column_totals)
     sums = sums if own is None else sums + own

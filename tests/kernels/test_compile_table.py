@@ -22,7 +22,7 @@ HOT = (
     "relation_statistics_kernel",
     "relation_weights_kernel",
 )
-PASSES = ("pair_products_kernel", "own_products_kernel", "gradient_kernel")  # have no products
+PASSES = ("own_products_kernel", "gradient_kernel")  # have no products
 PASSES += ("deviations_kernel", "centre_kernel", "relation_bounds_kernel")
 KEYS = ("kernel", "variant", "dtype", "arch", "tile", "warps")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
