@@ -150,6 +150,27 @@ def test_the_reference_reaches_over_all_logits_and_no_further_than_their_bound(s
     assert found > 0
 
 
+@pytest.mark.parametrize("ran", [0, 1])
+def test_weights_are_summed_over_the_launch_that_has_run(ran):
+    """Two whose tiles differ share room for the larger one's parts: what only the other would have written is NaN."""
+    from vlscale.kernels.chunked_relation import Tile
+    from vlscale.kernels.triton_relation_passes import add_weight_sums
+
+    place, launched = Tile((0, 70), (96, 186), True), [(2, 3), (40, 35)]
+    tiles, parts = launched[ran]
+    rows, columns = torch.randn(2, parts, 70), torch.randn(tiles, 90)
+    by_row, by_column = torch.full((2, 1, 35, 70), torch.nan), torch.full((1, 40, 90), torch.nan)
+    for room, written in ((by_row, rows), (by_column, columns)):
+        room.view(-1)[: written.numel()] = written.view(-1)
+    before, anew = torch.ones(1, 70, device=DEVICE), torch.full((1, 90), torch.nan, device=DEVICE)
+    weight, flag = torch.full((1,), 2.0, device=DEVICE), torch.full((), ran, dtype=torch.int32, device=DEVICE)
+    given = by_row.to(DEVICE), by_column.to(DEVICE), launched, flag, place, before, anew, weight
+    along = add_weight_sums(*given)
+    torch.testing.assert_close(before.cpu()[0], 1 + rows[0].sum(0))
+    torch.testing.assert_close(anew.cpu()[0], columns.sum(0))
+    torch.testing.assert_close(along.cpu()[0], rows[1].double().sum() / 2)
+
+
 ROWS_OF_RANKS = [(0, slice(0, 40)), (40, slice(40, 70))]
 
 
