@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tests.forked import begin
 from tests.train.test_plan import (
     BERT,
     COVLR,
@@ -52,7 +53,8 @@ RUNS = {
 }
 
 
-def on_rank(rank: int, size: int, port: int, folder: str) -> None:
+def on_rank(rank: int, size: int, port: int, folder: str, environment: dict[str, str]) -> None:
+    begin(environment)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = start_ranks(config_of().engine)

@@ -1,9 +1,12 @@
 """The plan of two ranks, held to what two gloo ranks measure: peaks, and the bytes of our own collectives."""
 
+import os
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from tests.forked import ON_CPU, server
 from tests.train.plan_over_ranks import RUNS, on_rank
 from tests.train.test_plan import config_of, planned
 from vlscale.cli.launcher import free_port
@@ -12,9 +15,9 @@ from vlscale.cli.launcher import free_port
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        multiprocessing.spawn(on_rank, (2, free_port(), str(folder)), nprocs=2)
+    server()
+    given = 2, free_port(), str(folder), os.environ | ON_CPU
+    multiprocessing.start_processes(on_rank, given, nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
