@@ -84,11 +84,12 @@ CASES += [
 SUMS = [(name, (("loss", loss),), ()) for name in ("views", "views_alone") for loss in ("softmax", "sigmoid")]
 SUMS += [("covlr", (("conflict", rule),), ()) for rule in ("keep", "scale", "project")]
 SUMS += [("rvlr", (("relation_distance", distance),), ("teachers",)) for distance in ("mae", "kl")]
+FROZEN = [(objective, settings, ("teachers",)) for objective, settings in RELATIONS]  # whose mixture's weights learn
 LOCKED = [(objective, (), (tower,)) for objective in ("contrastive", "sigmoid") for tower in ("image", "text")]
 CASES += [
     Case(objective, comm, True, chunks, torch.float32, settings=settings, locked=locked)
-    for objective, settings, locked in SUMS + LOCKED
-    for comm in (COMMS if (objective, settings, locked) in SUMS else COMMS[:2])
+    for objective, settings, locked in SUMS + FROZEN + LOCKED
+    for comm in (COMMS[:2] if objective in ("contrastive", "sigmoid") else COMMS)
     for chunks in (1, 4)
 ]
 CASES += [Case("contrastive", comm, ids, spread=20.0) for comm in ("gather", "ring") for ids in (False, True)]
