@@ -1,8 +1,37 @@
 """Fixtures of the kernel tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter changes its language for the time of a call, and once more for every call of a device
+    function within, which then has nothing to change but takes a quarter of the time to find that out."""
+    if not find_spec("triton"):
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_lang, changed = interpreter._patch_lang, set()  # what the kernel that runs has changed
+
+    def patch_once(function):
+        seen = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if changed and seen <= changed:
+            return interpreter._LangPatchScope()
+        scope = patch_lang(function)
+        if not changed:
+            changed.update(seen)
+            restore = scope.restore
+            scope.restore = lambda: (changed.clear(), restore())
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture
