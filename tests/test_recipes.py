@@ -3,13 +3,13 @@ of checkpoints unchanged on small folders of the same names, and their twins."""
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.export.towers import save_clip, save_dinov2, save_minilm
+from tests.forked import run_command
 from vlscale.config import load_plan
 from vlscale.data.samples import read_samples
 from vlscale.data.tokens import train_tokenizer
@@ -27,7 +27,7 @@ TWINS = {
 
 
 def vlscale(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "vlscale", *arguments], cwd=cwd, capture_output=True, text=True)
+    return run_command(list(arguments), cwd)
 
 
 def test_every_recipe_has_a_cheap_twin_without_dropout():
@@ -93,7 +93,7 @@ def test_a_recipe_trains_under_any_objective(real_data, tmp_path, objective):
     shards = real_data / "emoji"
     arguments = [f"data.train={shards}/emoji-train-*.tar", f"objective.name={objective}", "meta.mode=heads"]
     recipe = tmp_path / "short.yaml"
-    short = "train: {max_steps: 6}, eval: {every: null}, optim: {warmup_steps: 2}"
+    short = "train: {max_steps: 6}, eval: {every: null}, optim: {warmup_steps: 2}, engine: {threads: 1}"
     teachers = "stages: {teachers: {train: {max_steps: 6}}, matching: {train: {max_steps: 6}}}"
     recipe.write_text(f"{{base: {ROOT / 'configs/rvlr-official-cpu.yaml'}, {short}, {teachers}}}\n")
     done = vlscale("train", str(recipe), "--out", "run", *arguments, cwd=tmp_path)
@@ -104,7 +104,7 @@ def test_a_recipe_trains_under_any_objective(real_data, tmp_path, objective):
 
 def test_the_emoji_twin_trains_and_evaluates_by_its_labels(real_data, tmp_path):
     shards = real_data / "emoji"
-    arguments = [f"data.train={shards}/emoji-train-*.tar", f"data.val={shards}/emoji-val-*.tar"]
+    arguments = [f"data.train={shards}/emoji-train-*.tar", f"data.val={shards}/emoji-val-*.tar", "engine.threads=1"]
     done = vlscale("train", str(ROOT / "configs/emoji-cpu.yaml"), "--out", "run", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
