@@ -27,6 +27,9 @@ from tests.conftest import ROOT
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # read when libraries load
 PRELOADED = ["deepspeed", "matplotlib.pyplot", "vlscale.train.plan", "vlscale.report.write", "vlscale.export.folder"]
 PRELOADED += ["vlscale.export.teach", "vlscale.objectives", "vlscale.cli", "tests.forked"]
+# What a run imports as it goes, a second of it.
+PRELOADED += ["transformers.models.bert.modeling_bert", "transformers.models.vit.modeling_vit"]
+PRELOADED += ["deepspeed.module_inject.auto_ep_layer", "torch._inductor.compile_fx"]
 
 
 @functools.cache
@@ -100,10 +103,12 @@ def run_command(words: list[str], folder: Path | None = None, before: str = "") 
 
 
 SERVER = """
-import json, os, socket, sys, traceback
-import deepspeed, matplotlib.pyplot
-import vlscale.report.write, vlscale.export.folder, vlscale.export.teach, vlscale.train.plan
+import gc, importlib, json, os, socket, sys, traceback
+from tests.forked import PRELOADED
+for name in PRELOADED:
+    importlib.import_module(name)
 from vlscale.cli import main
+gc.freeze()
 with socket.socket(socket.AF_UNIX) as server:
     server.bind(sys.argv[1])
     server.listen()
