@@ -162,6 +162,14 @@ def test_every_study_that_is_kept_can_begin(name, tmp_path, monkeypatch):
     assert asked and all(job["runs"] for job in asked)
 
 
+def refused(given: list[str], capsys) -> str:
+    """What the command says, which ends with 2."""
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(METHOD / "__main__.py"))["main"](given)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "method, problem",
     [
@@ -170,13 +178,12 @@ def test_every_study_that_is_kept_can_begin(name, tmp_path, monkeypatch):
         ({"joint": {"is": {}, "outside": "gapp"}}, "bad.yaml: outside: unknown term 'gapp'; there are: confident, gap"),
     ],
 )
-def test_a_study_with_a_run_that_cannot_be_trained_is_refused_at_once(method, problem, tmp_path):
+def test_a_study_with_a_run_that_cannot_be_trained_is_refused_at_once(method, problem, tmp_path, capsys):
     own = {"base": str(METHOD / "pretrained.yaml"), "methods": method, "comparisons": []}
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(own))
-    given = [sys.executable, str(METHOD), "--study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(given, capture_output=True, text=True)
+    said = refused(["--study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")], capsys)
     place = "" if "outside" in problem else "config "
-    assert done.returncode == 2 and f"{place}{tmp_path}/bad.yaml" in done.stderr and problem in done.stderr
+    assert f"{place}{tmp_path}/bad.yaml" in said and problem in said
     assert not list((tmp_path / "out" / "cells").iterdir())
 
 
@@ -261,7 +268,5 @@ def test_one_pretraining_a_seed_serves_all_levels(tmp_path):
     assert [line["step"] for line in read_metrics(runs / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_study_of_nothing_is_refused(tmp_path):
-    given = [sys.executable, str(METHOD), "--out", str(tmp_path / "s"), "--levels", "emoji"]
-    done = subprocess.run(given, capture_output=True, text=True)
-    assert done.returncode == 2 and "emoji needs --emoji FOLDER" in done.stderr
+def test_a_study_of_nothing_is_refused(tmp_path, capsys):
+    assert "emoji needs --emoji FOLDER" in refused(["--out", str(tmp_path / "s"), "--levels", "emoji"], capsys)
