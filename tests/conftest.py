@@ -18,6 +18,14 @@ from vlscale.logging import get_logger
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Files that take a worker longest, in that order: what begins last ends last, and the other worker would wait for it.
+LONGEST = ["test_recipes", "train/test_launch", "train/test_plan_over_ranks", "train/test_meta_launch"]
+LONGEST += ["train/test_ten_steps", "failures/test_two_ranks", "kernels/test_triton_relation", "train/test_plan"]
+LONGEST += ["test_method_resume", "kernels/test_triton", "objectives/test_over_ranks", "test_method_study"]
+LONGEST += ["train/test_fusion_launch", "train/test_diagnostics", "train/test_start", "train/test_accumulate"]
+LONGEST += ["test_bench_kernels", "test_docs", "train/test_fused_over_ranks", "kernels/test_triton_memory"]
+LONGEST = [f"tests/{name}.py" for name in LONGEST]
+
 TINY = {
     "data": {"caption_key": "json:captions"},
     "model": {
@@ -50,6 +58,12 @@ TINY = {
     "train": {"global_batch_size": 32, "max_steps": 6, "checkpoint_every": 2},
     "engine": {"threads": 1},
 }
+
+
+def pytest_collection_modifyitems(items) -> None:
+    assert [name for name in LONGEST if not (ROOT / name).is_file()] == []
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
 
 
 def pytest_collection_finish(session) -> None:
