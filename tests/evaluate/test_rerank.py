@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.forked import server
 from tests.fused import SCENES, save_fused
 from vlscale.cli import main
 from vlscale.data.images import ImageSpec, decode_eval, normalise
@@ -106,7 +107,8 @@ def on_rank(rank: int, folder: str, urls: list[str], out: str) -> None:
 
 def test_two_ranks_find_what_one_does(folder, urls, whole, tmp_path):
     """63 pictures, in batches of 9 and unevenly many: the ranks stay in step and agree."""
-    multiprocessing.spawn(on_rank, (str(folder), urls, str(tmp_path)), nprocs=2)
+    server()
+    multiprocessing.start_processes(on_rank, (str(folder), urls, str(tmp_path)), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for side in ("i2t", "t2i"):
         alone = getattr(whole.reranked, side)
