@@ -211,9 +211,9 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
         for ids in (False, True):
             variant = ("shared" if shared else "vectors") + (", ids" if ids else "")
             constants = {"SHARED": shared, "HAS_IDS": ids}
-            work = Work.NARROW if ids else Work.LIGHT if shared else Work.FULL
+            work = Work.LIGHT if shared and not ids else Work.FULL
             yield contrastive.statistics_kernel, variant, work, constants
-            work = Work.LIGHT if shared and not ids else Work.NARROW
+            work = Work.FULL if ids else Work.LIGHT if shared else Work.NARROW
             yield waves.weights_kernel, variant, work, constants
     for ids in (False, True):
         work = Work.NARROW if ids else Work.FULL

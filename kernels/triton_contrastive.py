@@ -33,7 +33,9 @@ from .triton_tiles import (
     fused_config,
     product_tile,
     same_pair,
+    side_by_side,
     some_left_out,
+    some_positive,
 )
 
 
@@ -63,6 +65,40 @@ def maxima_kernel(
 
 
 @triton.jit
+def exponentials(s, row_ref, column_ref_ptr, columns, n, SHARED: tl.constexpr, NARROW: tl.constexpr):
+    """Of logits, over the rows' references and over the columns'; one and the same where they are SHARED."""
+    e = exponential(s - row_ref, NARROW)
+    if SHARED:
+        e_column = e
+    else:
+        column_ref = tl.load(column_ref_ptr + columns, mask=columns < n, other=0.0)[None, :]
+        e_column = exponential(s - column_ref, NARROW)
+    return e, e_column
+
+
+@triton.jit
+def positives_part(
+    s, scale, row_ref, column_ref_ptr, row_ids_ptr, column_ids_ptr, out, plane,
+    first_row, first_column, b, n,
+    SHARED: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Stores pos, off and target of the columns of a tile's products s that may hold positives; returns its rows'."""
+    rows = first_row + tl.arange(0, s.shape[0])
+    columns = first_column + tl.arange(0, s.shape[1])
+    row_ok, column_ok = rows < b, columns < n
+    inside = row_ok[:, None] & column_ok[None, :]
+    positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, b, n, 0, True)
+    chosen, negative = inside & positive, inside & (positive == 0)
+    s = scale * s
+    e, e_column = exponentials(s, row_ref, column_ref_ptr, columns, n, SHARED, NARROW)
+    s = tl.where(chosen, s, 0.0)
+    tl.store(out + columns, tl.sum(tl.where(chosen, e_column, 0.0), 0), mask=column_ok)
+    tl.store(out + plane + columns, tl.sum(tl.where(negative, e_column, 0.0), 0), mask=column_ok)
+    tl.store(out + 2 * plane + columns, tl.sum(s, 0), mask=column_ok)
+    return tl.sum(tl.where(chosen, e, 0.0), 1), tl.sum(tl.where(negative, e, 0.0), 1), tl.sum(s, 1)
+
+
+@triton.jit
 def statistics_kernel(
     x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_ids_ptr, column_ids_ptr, row_out_ptr,
     column_out_ptr, row_start, b, n, D, stride_x, stride_y, offset,
@@ -71,7 +107,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """Sums of one wave: off, or with ids pos, off and the sum of positives' logits, the slowest axis of both outputs.
 
-    row_out (1 or 3, splits, wave rows), column_out (1 or 3, row tiles, n).
+    row_out (1 or 3, splits, wave rows), column_out (1 or 3, row tiles, n). By ids nearly all tiles hold no positives.
     """
     if not SHARED:
         if tl.load(flag_ptr) == 0:
@@ -81,6 +117,7 @@ def statistics_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     scale = tl.load(scale_ptr)
     NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    WIDTH: tl.constexpr = BLOCK_N // 4  # of a tile with positives what is worked on at once
     off = tl.zeros((BLOCK_M,), tl.float32)
     pos = tl.zeros((BLOCK_M,), tl.float32)
     target = tl.zeros((BLOCK_M,), tl.float32)
@@ -89,30 +126,33 @@ def statistics_kernel(
     else:
         row_ref = tl.load(row_ref_ptr + rows, mask=rows < b, other=0.0)[:, None]
     plane = tl.num_programs(0).to(tl.int64) * n
+    out = column_out_ptr + tile.to(tl.int64) * n
     for first in range(split * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
         s = product_tile(x_ptr, y_ptr, first_row, first, b, n, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K)
-        e = exponential(scale * s - row_ref, NARROW)
-        if SHARED:
-            e_column = e
-        else:
-            column_ref = tl.load(column_ref_ptr + columns, mask=columns < n, other=0.0)[None, :]
-            e_column = exponential(scale * s - column_ref, NARROW)
-        out = column_out_ptr + tile.to(tl.int64) * n + columns
         if HAS_IDS:
-            inside = (rows < b)[:, None] & (columns < n)[None, :]
-            positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, b, n, offset, HAS_IDS)
-            negative = inside & (positive == 0)
-            chosen = inside & positive
-            s = scale * s
-            pos += tl.sum(tl.where(chosen, e, 0.0), 1)
-            target += tl.sum(tl.where(chosen, s, 0.0), 1)
-            tl.store(out, tl.sum(tl.where(chosen, e_column, 0.0), 0), mask=columns < n)
-            tl.store(out + 2 * plane, tl.sum(tl.where(chosen, s, 0.0), 0), mask=columns < n)
-            out += plane
-            off += tl.sum(tl.where(negative, e, 0.0), 1)
-            e_column = tl.where(negative, e_column, 0.0)
+            apart = some_positive(row_ids_ptr, column_ids_ptr, first_row, first, b, n, BLOCK_M, BLOCK_N)
+            if WHOLE:  # which takes for granted that there are none, but not the question
+                target += apart.to(tl.float32)
+                apart = False
+            if apart:
+                parts = side_by_side(s, WIDTH)
+                for part in tl.static_range(BLOCK_N // WIDTH):
+                    more_pos, more_off, more_target = positives_part(
+                        parts[part], scale, row_ref, column_ref_ptr, row_ids_ptr, column_ids_ptr, out, plane,
+                        first_row, first + part * WIDTH, b, n, SHARED, NARROW,
+                    )  # fmt: skip
+                    pos += more_pos
+                    off += more_off
+                    target += more_target
+            else:
+                e, e_column = exponentials(scale * s, row_ref, column_ref_ptr, columns, n, SHARED, NARROW)
+                tl.store(out + columns, tl.zeros((BLOCK_N,), tl.float32), mask=columns < n)
+                tl.store(out + plane + columns, tl.sum(e_column, 0), mask=columns < n)
+                tl.store(out + 2 * plane + columns, tl.zeros((BLOCK_N,), tl.float32), mask=columns < n)
+                off += tl.sum(e, 1)
         else:
+            e, e_column = exponentials(scale * s, row_ref, column_ref_ptr, columns, n, SHARED, NARROW)
             if not WHOLE:
                 if some_left_out(first_row, first, b, n, offset, BLOCK_M, BLOCK_N):
                     others = (rows + offset)[:, None] != columns[None, :]
@@ -122,8 +162,8 @@ def statistics_kernel(
                         e_column = e
                     else:
                         e_column = tl.where(negative, e_column, 0.0)
+            tl.store(out + columns, tl.sum(e_column, 0), mask=columns < n)
             off += tl.sum(e, 1)
-        tl.store(out, tl.sum(e_column, 0), mask=columns < n)
     wave = tl.num_programs(0).to(tl.int64) * BLOCK_M
     out = row_out_ptr + split * wave + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if HAS_IDS:
@@ -187,7 +227,7 @@ def contrastive_statistics(
 
 
 def _config(x: Tensor, *, has_ids: bool, shared: bool) -> Config:
-    return choose_config(x, Work.NARROW if has_ids else Work.LIGHT if shared else Work.FULL)
+    return choose_config(x, Work.LIGHT if shared and not has_ids else Work.FULL)
 
 
 def _fill(

@@ -26,6 +26,7 @@ from .triton_tiles import (
     same_pair,
     side_by_side,
     some_left_out,
+    some_positive,
     store_weights,
 )
 
@@ -38,10 +39,13 @@ PART = tl.constexpr(
 def weights_part(
     s, scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr,
     row_miss_ptr, column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
-    local_column, row_start, row_end, column_start, column_end, stride_g, offset,
+    local_column, row_start, row_end, column_start, column_end, stride_g, offset, apart,
     SHARED: tl.constexpr, HAS_IDS: tl.constexpr, NARROW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Stores G of the products s and the sums of its columns; returns each row's <G, S> and sum of G, float32."""
+    """Stores G of the products s and the sums of its columns; returns each row's <G, S> and sum of G, float32.
+
+    `apart`: by ids, whether the tile may hold positives.
+    """
     BLOCK_M: tl.constexpr = s.shape[0]
     BLOCK_N: tl.constexpr = s.shape[1]
     first_column = column_start + local_column
@@ -60,12 +64,14 @@ def weights_part(
         g = exponential(scale * s - row_ref, NARROW) * row_inverse
         g += exponential(scale * s - column_ref, NARROW) * column_inverse
     if HAS_IDS:
-        positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, row_end, column_end, offset, HAS_IDS)
-        miss = tl.load(row_miss_ptr + rows, mask=row_ok, other=0.0)[:, None]
-        miss += tl.load(column_miss_ptr + columns, mask=column_ok, other=0.0)[None, :]
-        count = tl.load(count_ptr + rows, mask=row_ok, other=1).to(tl.float32)[:, None]
-        g = tl.where(positive, tl.where(count == 1.0, -miss, g - 2.0 / count), g)
-        g = tl.where(inside, g, 0.0)
+        if not WHOLE:
+            if apart:
+                positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, row_end, column_end, offset, HAS_IDS)
+                miss = tl.load(row_miss_ptr + rows, mask=row_ok, other=0.0)[:, None]
+                miss += tl.load(column_miss_ptr + columns, mask=column_ok, other=0.0)[None, :]
+                count = tl.load(count_ptr + rows, mask=row_ok, other=1).to(tl.float32)[:, None]
+                g = tl.where(positive, tl.where(count == 1.0, -miss, g - 2.0 / count), g)
+                g = tl.where(inside, g, 0.0)
     else:
         if not WHOLE:
             if some_left_out(first_row, first_column, row_end, column_end, offset, BLOCK_M, BLOCK_N):
@@ -97,11 +103,19 @@ def weights_tile(
     parts = side_by_side(products, WIDTH)
     along = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    apart = False
+    if HAS_IDS:
+        first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + local_column
+        apart = some_positive(
+            row_ids_ptr, column_ids_ptr, first_row, first_column, row_end, column_end, BLOCK_M, BLOCK_N
+        )
+        if WHOLE:  # which takes for granted that there are none, but not the question
+            total += apart.to(tl.float32)
     for part in tl.static_range(BLOCK_N // WIDTH):
         more_along, more = weights_part(
             parts[part], scale_ptr, row_ref_ptr, column_ref_ptr, row_inverse_ptr, column_inverse_ptr, row_miss_ptr,
             column_miss_ptr, count_ptr, row_ids_ptr, column_ids_ptr, g_ptr, column_total_ptr,
-            local_column + part * WIDTH, row_start, row_end, column_start, column_end, stride_g, offset,
+            local_column + part * WIDTH, row_start, row_end, column_start, column_end, stride_g, offset, apart,
             SHARED, HAS_IDS, NARROW, WHOLE,
         )  # fmt: skip
         along += more_along
@@ -172,7 +186,7 @@ class Waves:
         self.x, self.y, self.scale, self.weights = x, y, scale, weights
         has_ids = weights.positives.row_ids is not None
         self.tiles = {
-            shared: config or choose_config(x, Work.LIGHT if shared and not has_ids else Work.NARROW)
+            shared: config or choose_config(x, Work.FULL if has_ids else Work.LIGHT if shared else Work.NARROW)
             for shared in (True, False)
         }
         self.left, self.right = factors

@@ -47,8 +47,8 @@ class Work(Enum):
     """How much a kernel keeps beside its accumulator, which decides the largest tile that does not spill."""
 
     LIGHT = "one exponential, sums of rows and columns; or weights, part after part of the tile"
-    FULL = "weights to store or counts"
-    NARROW = "ids, or weights from a reference a row"
+    FULL = "weights to store, counts, or tiles of which a few hold positives by ids"
+    NARROW = "ids in every tile, or weights from a reference a row"
     PARTS = "two products, worked on part after part of the tile"
     DOUBLE = "two products at once, with several teachers or whole tiles; lists of neighbours"
     CROWDED = "two products and a reference a row, the teacher's gradient or second order"
@@ -214,6 +214,18 @@ def some_left_out(first_row, first_column, row_end, column_end, offset, BLOCK_M:
     ends = (first_row + BLOCK_M > row_end) | (first_column + BLOCK_N > column_end)
     own = first_row + offset
     return ends | ((own < first_column + BLOCK_N) & (first_column < own + BLOCK_M))
+
+
+@triton.jit
+def some_positive(
+    row_ids_ptr, column_ids_ptr, first_row, first_column, row_end, column_end,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile holds equal ids or reaches over an end; few do, and the others are all negatives."""
+    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    positive = same_pair(rows, columns, row_ids_ptr, column_ids_ptr, row_end, column_end, 0, True)
+    ends = (first_row + BLOCK_M > row_end) | (first_column + BLOCK_N > column_end)
+    return ends | (tl.max(tl.max(positive.to(tl.int32), 1), 0) > 0)
 
 
 @triton.jit
