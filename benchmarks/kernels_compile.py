@@ -216,7 +216,7 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
             work = Work.FULL if ids else Work.LIGHT if shared else Work.NARROW
             yield waves.weights_kernel, variant, work, constants
     for ids in (False, True):
-        work = Work.NARROW if ids else Work.FULL
+        work = Work.FULL if ids else Work.LIGHT
         yield sigmoid.sigmoid_kernel, "ids" if ids else "", work, {"HAS_IDS": ids, "GRADIENT": True}
     if dtype != "fp16":
         yield double.double_statistics_kernel, "", Work.DOUBLE, {}

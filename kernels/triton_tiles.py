@@ -48,7 +48,7 @@ class Work(Enum):
 
     LIGHT = "one exponential, sums of rows and columns; or weights, part after part of the tile"
     FULL = "weights to store, counts, or tiles of which a few hold positives by ids"
-    NARROW = "ids in every tile, or weights from a reference a row"
+    NARROW = "weights from a reference a row"
     PARTS = "two products, worked on part after part of the tile"
     DOUBLE = "two products at once, with several teachers or whole tiles; lists of neighbours"
     CROWDED = "two products and a reference a row, the teacher's gradient or second order"
@@ -182,7 +182,7 @@ def halves(tile):
 
 @triton.jit
 def side_by_side(tile, WIDTH: tl.constexpr):
-    """A tile's 1, 2 or 4 parts of WIDTH columns, a tuple. What is made of one part after another needs fewer
+    """A tile's 1, 2, 4 or 8 parts of WIDTH columns, a tuple. What is made of one part after another needs fewer
     registers, so that the product may have a larger tile, which is fed more cheaply."""
     COUNT: tl.constexpr = tile.shape[1] // WIDTH
     if COUNT == 1:
@@ -194,7 +194,10 @@ def side_by_side(tile, WIDTH: tl.constexpr):
         else:
             first, second = halves(left)
             third, fourth = halves(right)
-            parts = first, second, third, fourth
+            if COUNT == 4:
+                parts = first, second, third, fourth
+            else:
+                parts = halves(first) + halves(second) + halves(third) + halves(fourth)
     return parts
 
 
