@@ -12,6 +12,7 @@ SCRIPTS = {  # name to script and what it measures
     "matching": ("matching.py", "whether matching learns: held-out accuracy on scenes"),
     "rerank": ("rerank.py", "re-ranking at Flickr30K's size, beside one query a forward"),
     "large-batch": ("large_batch.py", "memory and time of batches larger than memory"),
+    "ring": ("ring_overlap.py", "whether a ring's transfers between ranks hide under its tiles"),
     "training": ("training.py", "a real run on GPUs: pairs a second, the loss's share, memory, curves"),
     "data": ("data.py", "pictures a second of the input pipeline, beside other loaders"),
     "stream": ("data_stream.py", "order, memory and resume of the stream on a large corpus"),
