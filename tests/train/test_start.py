@@ -39,14 +39,15 @@ def faulty(corpus, tmp_path) -> str:
 
 @pytest.fixture
 def evaluated(corpus, tmp_path) -> list[str]:
-    """After each of two steps, a shard without two pictures, and with one that is half a picture."""
+    """After each of two steps, a shard without two pictures, and with half a picture and half a json."""
     shard = tmp_path / "val-000000.tar"
     with tarfile.open(corpus / shard.name) as whole, tarfile.open(shard, "w") as lacking:
         pictures = [member.name for member in whole.getmembers() if member.name.endswith(".jpg")]
         for member in whole.getmembers():
             if member.name not in pictures[:2]:
                 content = whole.extractfile(member).read()
-                content = content[: len(content) // 2] if member.name == pictures[2] else content
+                halved = pictures[2], pictures[3].replace(".jpg", ".json")
+                content = content[: len(content) // 2] if member.name in halved else content
                 member.size = len(content)
                 lacking.addfile(member, io.BytesIO(content))
     return [f"data.val={shard}", "eval.every=1", "train.max_steps=2"]
@@ -60,14 +61,14 @@ def left_out(text: str) -> Counter:
 def test_what_was_left_out_is_told_once_whoever_reads_the_corpus(tiny_config, faulty, evaluated, tmp_path, caplog):
     train_plan(load_plan(tiny_config, [faulty, *EVERY_READER, *evaluated]), tmp_path / "run", resume=False)
     told = left_out(caplog.text)
-    assert len(told) == 6 and set(told.values()) == {1}, told
+    assert len(told) == 7 and set(told.values()) == {1}, told
 
 
 def test_what_was_left_out_is_told_once_by_two_ranks(tiny_config, faulty, evaluated, tmp_path):
     done = launch(Path(tiny_config), tmp_path / "run", faulty, *EVERY_READER, *evaluated)
     assert done.returncode == 0, done.stderr[-4000:]
     told = left_out(done.stderr + done.stdout)
-    assert len(told) == 6 and set(told.values()) == {1}, told
+    assert len(told) == 7 and set(told.values()) == {1}, told
     assert sum("engine.comm=auto: gather: " in line for line in done.stderr.splitlines()) == 1
 
 

@@ -1,6 +1,6 @@
 """Every sample once, in order: what evaluation, checks and tokenizer training read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -69,7 +69,14 @@ def read_samples(
     yield from read_manifest(open_corpus(urls, data, what), data, shard=shard)
 
 
-def read_manifest(manifest: Manifest, data: DataConfig, *, shard: tuple[int, int] = (0, 1)) -> Iterator[Sample]:
+def read_manifest(
+    manifest: Manifest,
+    data: DataConfig,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    first_time: Callable[[str], bool] = lambda said: True,
+) -> Iterator[Sample]:
+    """As read_samples. `first_time` says whether what is wrong with a sample is to be logged, or has been."""
     part, parts = shard
     start, end = manifest.num_samples * part // parts, manifest.num_samples * (part + 1) // parts
     reader, first = SampleReader(manifest, data), 0
@@ -79,8 +86,9 @@ def read_manifest(manifest: Manifest, data: DataConfig, *, shard: tuple[int, int
                 try:
                     sample = reader.read(number, row, with_json=True)
                 except BadSample as fault:
-                    key = reader.key(number, row)
-                    get_logger().warning("skipped sample %s of %s: %s", key, manifest.urls[number], fault)
+                    said = f"{reader.key(number, row)} of {manifest.urls[number]}: {fault}"
+                    if first_time(said):
+                        get_logger().warning("skipped sample %s", said)
                     continue
                 yield sample
             first += count

@@ -74,7 +74,8 @@ def embed_corpus(
     sharded parameters (ZeRO-3) are gathered by all ranks together.
     """
     manifest = open_corpus(urls, data, tell=ranks.first and preprocess.first_time(f"corpus {urls}"))
-    samples, parts = read_manifest(manifest, data, shard=(ranks.rank, ranks.size)), []
+    shard, first_time = (ranks.rank, ranks.size), preprocess.first_time
+    samples, parts = read_manifest(manifest, data, shard=shard, first_time=first_time), []
     if progress is not None:
         progress.expect(manifest.num_samples // ranks.size)
     for batch in in_step(samples, batch_size, ranks):

@@ -71,7 +71,8 @@ def rerank_corpus(
     scorer = PairScorer(CaptionWindow(model, corpus.captions, preprocess, ranks, batch_size, window_bytes))
     place = {key: row for row, key in enumerate(corpus.keys)}
     scored = [(wanted[:0], torch.empty(0, 2))]
-    samples = read_manifest(open_corpus(urls, data, tell=False), data, shard=(ranks.rank, ranks.size))
+    manifest, shard = open_corpus(urls, data, tell=False), (ranks.rank, ranks.size)
+    samples = read_manifest(manifest, data, shard=shard, first_time=preprocess.first_time)
     known = (sample for sample in samples if sample.key in place)
     with Progress("matching", len(wanted) // ranks.size, "pairs", shown=progress, line_seconds=LINE_SECONDS) as bar:
         for batch in in_step(known, batch_size, ranks):
