@@ -60,7 +60,8 @@ def main() -> None:
         print(json.dumps(memory(*given.memory, given.small)))
         return
     smallest = min(given.batches)
-    points = [{"batch": smallest, "chunk": 0}, *({"batch": batch, "chunk": given.chunk} for batch in given.batches)]
+    several = (batch for batch in given.batches if batch > given.chunk)  # of one chunk a step is a plain one
+    points = [{"batch": smallest, "chunk": 0}, *({"batch": batch, "chunk": given.chunk} for batch in several)]
     for point in points:
         command = [sys.executable, str(HERE), "--memory", str(point["batch"]), str(point["chunk"])]
         command += ["--small"] * given.small
