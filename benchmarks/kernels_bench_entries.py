@@ -104,6 +104,7 @@ def make_problem(
 def ours(name: str, impl: str) -> Loss:
     return {
         "contrastive": lambda p: contrastive_loss(p.x, p.y, p.scale, impl=impl),
+        "contrastive_kept": lambda p: contrastive_loss(p.x, p.y, p.scale, keep_products=True, impl=impl),
         "contrastive_ids": lambda p: contrastive_loss(p.x, p.y, p.scale, pair_id=shared_ids(p), impl=impl),
         "contrastive_twice": penalty(lambda p: contrastive_loss(p.x, p.y, p.scale, impl=impl)),
         "sigmoid": lambda p: sigmoid_loss(p.x, p.y, p.scale, p.bias, impl=impl),
@@ -258,6 +259,7 @@ FAMILIES = {
     "neighbours": Family((False,) * 4, queries_times, None, None),
     "ranks": Family((False,) * 4, queries_times, None, None),
     "contrastive_ids": Family((True, True, True, False), units(1), units(4), ours("contrastive_ids", "reference")),
+    "contrastive_kept": Family((True, True, True, False), units(1), units(3), ours("contrastive_kept", "reference")),
     # the loss and its gradients are 4 u; S and the direction, 2 D wide, twice and four gradient products are 10
     "contrastive_twice": Family(
         (True, True, True, False), units(4), units(14), ours("contrastive_twice", "reference"), together=True
@@ -285,6 +287,7 @@ DENSE = {  # the loss, and its N x N float32 matrices with the backward pass
     "neighbours": (dense_neighbours, 0),
     "ranks": (dense_ranks, 0),
     "contrastive_ids": (dense_contrastive_ids, 7),
+    "contrastive_kept": (dense_contrastive, 5),
     "contrastive_twice": (penalty(dense_contrastive), 16),
     "relation_kl_matrix": (dense_matrix_kl, 9),
     "relation_kl_euclidean": (dense_euclidean_kl, 11),
@@ -372,7 +375,8 @@ def entries(families: list[str], without: list[str]) -> list[Entry]:
     found = []
     for name in families:
         dense, matrices = DENSE[name]
-        found += [Entry(name, f"vlscale {impl}", available(impl, name)) for impl in ("triton", "chunked")]
+        kept = int(name == "contrastive_kept")
+        found += [Entry(name, f"vlscale {impl}", available(impl, name), kept) for impl in ("triton", "chunked")]
         found += [Entry(name, "dense eager", lambda device, loss=dense: loss, matrices)]
         found += [Entry(name, "dense compiled", compiled(dense), matrices)]
         if name == "contrastive":

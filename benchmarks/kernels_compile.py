@@ -80,6 +80,8 @@ class Build:
                 types[name] = "*i64"
             elif self.kernel.__name__ in SPLITTING and name in SPLIT:
                 types[name] = f"*{self.dtype}"
+            elif name == "kept_ptr":
+                types[name] = "*i16"
             elif name in STORED or (self.kernel.__name__, name) in STORED_OUT:
                 narrow = self.dtype != "fp32" and not self.constants.get("EUCLIDEAN")
                 types[name] = "*fp16" if narrow else "*fp32"
@@ -130,7 +132,8 @@ def builds(archs: list[int]) -> Iterator[Build]:
             for kernel, variant, work, constants in kernels(dtype):
                 yield Build(kernel, variant, dtype, arch, config_for(DTYPES[dtype], arch // 10, work), constants)
             for kernel, variant, constants in around(dtype):
-                config = replace(PASS, block_n=constants.pop("BLOCK_N", PASS.block_n))
+                own = {name.lower(): constants.pop(name) for name in ("BLOCK_M", "BLOCK_N") if name in constants}
+                config = replace(PASS, **own, warps=constants.pop("WARPS", PASS.warps))
                 yield Build(kernel, variant, dtype, arch, config, constants)
         for dtype in ("bf16", "fp16"):
             yield from fused_builds(arch, dtype)
@@ -155,6 +158,8 @@ def around(dtype: str) -> Iterator[tuple[object, str, dict]]:
     for own in (True, False):
         yield passes.gradient_kernel, "own pairs" if own else "", gradient | {"HAS_OWN": own}
     if dtype != "fp32":
+        kept = config_for(DTYPES[dtype], 9, Work.NARROW)
+        yield sides.kept_weights_kernel, "", {"BLOCK_M": kept.block_m, "BLOCK_N": kept.block_n, "WARPS": kept.warps}
         yield passes.deviations_kernel, "", {}
         yield passes.centre_kernel, "", {}
         return
@@ -211,8 +216,10 @@ def kernels(dtype: str) -> Iterator[tuple[object, str, Work, dict]]:
         for ids in (False, True):
             variant = ("shared" if shared else "vectors") + (", ids" if ids else "")
             constants = {"SHARED": shared, "HAS_IDS": ids}
-            work = Work.LIGHT if shared and not ids else Work.FULL
-            yield contrastive.statistics_kernel, variant, work, constants
+            work, without = Work.LIGHT if shared and not ids else Work.FULL, {"kept_ptr": None, "unit_ptr": None}
+            yield contrastive.statistics_kernel, variant, work, constants | {"KEPT": False} | without
+            if shared and not ids and dtype != "fp32":
+                yield contrastive.statistics_kernel, "shared, kept", Work.FULL, constants | {"KEPT": True}
             work = Work.FULL if ids else Work.LIGHT if shared else Work.NARROW
             yield waves.weights_kernel, variant, work, constants
     for ids in (False, True):

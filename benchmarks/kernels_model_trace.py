@@ -101,7 +101,7 @@ class Recorder:
             multiplied,
             fed * emb.itemsize,
             loops,
-            stored(given, rows, columns),
+            stored(given, rows, columns) + (2 * grid[0] * block[0] * columns if given.get("KEPT") else 0),
             extent * loaded * emb.itemsize,
             self.idle(given),
         )
@@ -116,6 +116,9 @@ class Recorder:
             sizes["out_ptr"] = rows * given["out_ptr"].itemsize
             if given["HAS_OWN"]:
                 sizes["partner_ptr"] = min(rows, given["partner_ptr"].numel()) * given["partner_ptr"].itemsize
+        if "kept_ptr" in given:  # of the whole, which the forward has stored, a block
+            pairs = (given["row_end"] - given["row_start"]) * (given["column_end"] - given["column_start"])
+            sizes |= {name: pairs * given[name].itemsize for name in ("kept_ptr", "g_ptr")}
         if self.name == "side_sums_kernel":
             sizes["row_sums_ptr"] = sizes["row_sums_ptr"] * given["rows"] // given["b"]
         for first, out in ON_TOP.items():
@@ -160,6 +163,8 @@ def words(given: dict) -> Iterator[str]:
         yield "shared" if given["SHARED"] else "vectors"
     if given.get("HAS_IDS"):
         yield "ids"
+    if given.get("KEPT"):
+        yield "kept"
     if "K" in given:
         yield f"{given['K']} teacher" + "s" * (given["K"] > 1)
     if given.get("EUCLIDEAN"):

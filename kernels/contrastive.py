@@ -14,33 +14,45 @@ from . import chunked_contrastive as tiles
 from . import chunked_contrastive_double as double_tiles
 from . import reference
 from .checks import as_autocast, as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
-from .chunked import full_precision, tile_operands
+from .chunked import HALF, full_precision, tile_operands
 
 STATISTICS = 8  # row_ref, col_ref, then pos, off, target of the rows and of the columns
 
 
 @torch.library.custom_op("vlscale::contrastive_forward", mutates_args=())
 @full_precision
-def forward_op(image: Tensor, text: Tensor, scale: Tensor, pair_id: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
-    """(loss, statistics (8, N)) for compute-dtype scale and embeddings of any float dtype."""
+def forward_op(
+    image: Tensor, text: Tensor, scale: Tensor, pair_id: Tensor | None, impl: str, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics (8, N), kept, unit) for compute-dtype scale and embeddings of any float dtype.
+
+    With `keep`, which Triton serves without ids: all products as int16 (N, N) times the 0-d unit, LEFT_OUT own pairs.
+    """
     x, y, triton = tile_operands(image, text, scale, impl)
+    kept, unit = _room(image, scale, keep=keep)
     positives = tiles.Positives(pair_id, pair_id, 0)
     if triton:
         from . import triton_contrastive
 
-        terms, statistics = triton_contrastive.contrastive_forward(x, y, scale, positives)
+        products = (kept, unit) if keep else None
+        terms, statistics = triton_contrastive.contrastive_forward(x, y, scale, positives, kept=products)
     else:
         row_ref, col_ref, rows, cols = tiles.contrastive_references(x, y, scale, positives)
         terms = tiles.contrastive_terms(rows, row_ref, positives.row_count).sum()
         terms = terms + tiles.contrastive_terms(cols, col_ref, positives.col_count).sum()
         refs = torch.stack([row_ref.expand(len(x)), col_ref.expand(len(x))])
         statistics = torch.cat([refs, rows, cols])
-    return (terms / (2 * len(x))).to(scale.dtype), statistics
+    return (terms / (2 * len(x))).to(scale.dtype), statistics, kept, unit
+
+
+def _room(image: Tensor, scale: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    n = image.shape[0]
+    return image.new_empty((n, n) if keep else (0,), dtype=torch.int16), scale.new_empty(())
 
 
 @forward_op.register_fake
-def _(image, text, scale, pair_id, impl):
-    return scale.new_empty(()), scale.new_empty(STATISTICS, image.shape[0])
+def _(image, text, scale, pair_id, impl, keep=False):
+    return scale.new_empty(()), scale.new_empty(STATISTICS, image.shape[0]), *_room(image, scale, keep=keep)
 
 
 def _weights(statistics: Tensor, pair_id: Tensor | None, *, vectors: bool) -> tiles.Weights:
@@ -63,6 +75,8 @@ def backward_op(
     impl: str,
     want_image: bool,
     want_text: bool,
+    kept: Tensor | None = None,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text (empty where not wanted) and scale."""
     x, y, triton = tile_operands(image, text, scale, impl)
@@ -72,8 +86,9 @@ def backward_op(
         from . import triton_contrastive
 
         want = {"want_x": want_image, "want_y": want_text}
+        products = None if kept is None else (kept, unit)
         dx, dy, along = triton_contrastive.contrastive_gradients(
-            x, y, scale, weights, None, **want, factor=mean * scale, dtype=image.dtype
+            x, y, scale, weights, None, **want, factor=mean * scale, dtype=image.dtype, kept=products
         )
         along = along / scale
     else:
@@ -87,7 +102,7 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(grad, image, text, scale, pair_id, statistics, impl, want_image, want_text):
+def _(grad, image, text, scale, pair_id, statistics, impl, want_image, want_text, kept=None, unit=None):
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if want_image else image.new_empty(0)
     d_text = torch.empty_like(text, memory_format=torch.contiguous_format) if want_text else text.new_empty(0)
     return d_image, d_text, torch.empty_like(scale)
@@ -134,21 +149,23 @@ def _(u, v, w, grad, image, text, scale, pair_id, statistics, impl):
 
 def _save_forward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what comes with the loss
-    ctx.save_for_backward(*inputs[:4], output[1])
+    kept = output[2:] if inputs[5] else (None, None)
+    ctx.save_for_backward(*inputs[:4], output[1], *kept)
     ctx.impl = inputs[4]
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad, *_):
     if grad is None:  # a second derivative, which the gradient's own op has taken
-        return (None,) * 5
+        return (None,) * 6
     needed = ctx.needs_input_grad[:3]
-    grads = backward_op(grad, *ctx.saved_tensors, ctx.impl, *needed[:2])
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None
+    *saved, kept, unit = ctx.saved_tensors
+    grads = backward_op(grad, *saved, ctx.impl, *needed[:2], kept, unit)
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None, None
 
 
 def _save_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
-    ctx.impl, *ctx.wanted = inputs[6:]
+    ctx.impl, *ctx.wanted = inputs[6:9]
 
 
 def _double_backward(ctx, u, v, w):
@@ -156,7 +173,7 @@ def _double_backward(ctx, u, v, w):
     u = u if ctx.wanted[0] else torch.zeros_like(image)
     v = v if ctx.wanted[1] else torch.zeros_like(text)
     grads = double_backward_op(u, v, w, *ctx.saved_tensors, ctx.impl)
-    return *(g if want else None for g, want in zip(grads, ctx.needs_input_grad[:4], strict=True)), *[None] * 5
+    return *(g if want else None for g, want in zip(grads, ctx.needs_input_grad[:4], strict=True)), *[None] * 7
 
 
 forward_op.register_autograd(_backward, setup_context=_save_forward)
@@ -169,6 +186,7 @@ def contrastive_loss(
     logit_scale: float | Tensor,
     *,
     pair_id: Tensor | None = None,
+    keep_products: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Mean of the image-to-text and text-to-image cross-entropies over all pairs, 0-d.
@@ -176,7 +194,8 @@ def contrastive_loss(
     image_emb, text_emb (N, D), used as given (inside autocast on a GPU in its dtype); logit_scale multiplies the
     products (1 / temperature); pair_id (N,) int64 makes equal ids positives of each other. Differentiable twice in
     every float argument, in O(N) memory (`reference`: O(N^2)). A single pair, or a batch whose ids are all equal at
-    equal embeddings, has its exact minimum.
+    equal embeddings, has its exact minimum. keep_products: 2 N^2 bytes more, for a backward that computes no logits
+    again, 3 products in place of 4; Triton's, of 16-bit embeddings without pair_id, elsewhere it changes nothing.
     """
     check_embeddings("image_emb", image_emb)
     check_embeddings("text_emb", text_emb)
@@ -188,4 +207,7 @@ def contrastive_loss(
     if impl == "reference":
         with torch.autocast(device_type=image_emb.device.type, enabled=False):
             return reference.contrastive_loss(image_emb.to(dtype), text_emb.to(dtype), scale, pair_id)
-    return forward_op(*as_autocast(impl, image_emb, text_emb), scale, pair_id, impl)[0]
+    image_emb, text_emb = as_autocast(impl, image_emb, text_emb)
+    keep = keep_products and impl == "triton" and image_emb.dtype in HALF and pair_id is None
+    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in (image_emb, text_emb, scale))
+    return forward_op(image_emb, text_emb, scale, pair_id, impl, keep)[0]

@@ -26,6 +26,7 @@ from .triton_contrastive_waves import Waves
 from .triton_gradient import Centred, OwnPairs, SideGradient, stored_dtype
 from .triton_passes import add_several, own_products
 from .triton_tiles import (
+    LEFT_OUT,
     Config,
     Work,
     choose_config,
@@ -99,15 +100,28 @@ def positives_part(
 
 
 @triton.jit
+def keep_part(s, kept_ptr, unit_ptr, first_row, first_column, b, n, offset):
+    """Stores products in whole units, LEFT_OUT for own pairs."""
+    row, column = tl.arange(0, s.shape[0]), tl.arange(0, s.shape[1])
+    whole = tl.clamp(tl.floor(s * (1.0 / tl.load(unit_ptr)) + 0.5), -32767.0, 32767.0).to(tl.int16)
+    own = (first_row + row + offset)[:, None] == (first_column + column)[None, :]
+    whole = tl.where(own, tl.full(s.shape, LEFT_OUT, tl.int16), whole)
+    corner = kept_ptr + tl.cast(first_row, tl.int64) * n + first_column
+    inside = (first_row + row < b)[:, None] & (first_column + column < n)[None, :]
+    tl.store(corner + row[:, None] * n + column[None, :], whole, mask=inside)
+
+
+@triton.jit
 def statistics_kernel(
     x_ptr, y_ptr, scale_ptr, flag_ptr, row_ref_ptr, column_ref_ptr, row_ids_ptr, column_ids_ptr, row_out_ptr,
-    column_out_ptr, row_start, b, n, D, stride_x, stride_y, offset,
-    SHARED: tl.constexpr, HAS_IDS: tl.constexpr,
+    column_out_ptr, kept_ptr, unit_ptr, row_start, b, n, D, stride_x, stride_y, offset,
+    SHARED: tl.constexpr, HAS_IDS: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Sums of one wave: off, or with ids pos, off and the sum of positives' logits, the slowest axis of both outputs.
 
     row_out (1 or 3, splits, wave rows), column_out (1 or 3, row tiles, n). By ids nearly all tiles hold no positives.
+    KEPT, without ids: kept (b, n) are the products in whole units, LEFT_OUT at own pairs.
     """
     if not SHARED:
         if tl.load(flag_ptr) == 0:
@@ -117,7 +131,7 @@ def statistics_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     scale = tl.load(scale_ptr)
     NARROW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    WIDTH: tl.constexpr = BLOCK_N // 4  # of a tile with positives what is worked on at once
+    WIDTH: tl.constexpr = BLOCK_N // 4  # of a tile with positives, or to keep, what is worked on at once
     off = tl.zeros((BLOCK_M,), tl.float32)
     pos = tl.zeros((BLOCK_M,), tl.float32)
     target = tl.zeros((BLOCK_M,), tl.float32)
@@ -152,6 +166,10 @@ def statistics_kernel(
                 tl.store(out + 2 * plane + columns, tl.zeros((BLOCK_N,), tl.float32), mask=columns < n)
                 off += tl.sum(e, 1)
         else:
+            if KEPT:
+                parts = side_by_side(s, WIDTH)
+                for part in tl.static_range(BLOCK_N // WIDTH):
+                    keep_part(parts[part], kept_ptr, unit_ptr, first_row, first + part * WIDTH, b, n, offset)
             e, e_column = exponentials(scale * s, row_ref, column_ref_ptr, columns, n, SHARED, NARROW)
             if not WHOLE:
                 if some_left_out(first_row, first, b, n, offset, BLOCK_M, BLOCK_N):
@@ -231,9 +249,15 @@ def _config(x: Tensor, *, has_ids: bool, shared: bool) -> Config:
 
 
 def _fill(
-    sides: Sides, x: Tensor, y: Tensor, references: tuple[Tensor, Tensor], flag: Tensor | None, config: Config
+    sides: Sides,
+    x: Tensor,
+    y: Tensor,
+    references: tuple[Tensor, Tensor],
+    flag: Tensor | None,
+    config: Config,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The sums of `sides`, wave after wave; over vector references only while `flag` is set."""
+    """The sums of `sides`, wave after wave, and products to keep; over vector references only while `flag` is set."""
     row_ids, col_ids, has_ids = _ids(sides.positives)
     shared, n = references[0].dim() == 0, len(y)
     guard = None if shared else flag
@@ -243,30 +267,39 @@ def _fill(
         row_out = sides.rows.new_empty(3 if has_ids else 1, splits, tiles * config.block_m)
         column_out = row_out.new_empty(len(row_out), tiles, n)
         statistics_kernel[tiles, splits](
-            x, y, sides.scale, flag, *references, row_ids, col_ids, row_out, column_out,
+            x, y, sides.scale, flag, *references, row_ids, col_ids, row_out, column_out, *(kept or (None, None)),
             start, len(x), n, x.shape[1], x.stride(0), y.stride(0), sides.positives.offset,
-            SHARED=shared, HAS_IDS=has_ids, **config.launch(),
+            SHARED=shared, HAS_IDS=has_ids, KEPT=kept is not None, **config.launch(),
         )  # fmt: skip
         sides.add(row_out, column_out, references, wave, guard)
         del row_out, column_out  # before the next wave's are there
 
 
 def contrastive_forward(
-    x: Tensor, y: Tensor, scale: Tensor, positives: Positives, config: Config | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    positives: Positives,
+    config: Config | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One process's (sum of all loss terms in float64, statistics (8, N): row_ref, col_ref, row sums, column sums).
 
-    Whichever reference turns out sound; no value is read on the host.
+    Whichever reference turns out sound; no value is read on the host. kept, (N, N) in int16 and 0-d, takes the
+    products in units of the second.
     """
     has_ids = positives.row_ids is not None
-    shared, vectors = (config or _config(x, has_ids=has_ids, shared=kind) for kind in (True, False))
+    vectors = config or _config(x, has_ids=has_ids, shared=False)
+    shared = config or _config(x, has_ids=has_ids, shared=kept is None)
     own, largest = own_products(x, y)
     statistics = scale.new_empty(8, len(x))
     references_of(largest, scale, statistics[:2])
+    if kept is not None:
+        torch.div(largest.amax(1).sqrt().prod(), 32767, out=kept[1])
     ref = statistics[0, 0]
     waves = list(spans(0, len(x), shared.wave_rows))
     sides = Sides.with_losses(statistics[2:], None if has_ids else own, scale, positives, waves)
-    _fill(sides, x, y, (ref, ref), None, shared)
+    _fill(sides, x, y, (ref, ref), None, shared, kept)
     flag = sides.unsound.amax()
     maxima = contrastive_maxima(x, y, scale, flag, config, out=(statistics[0], statistics[1]))
     _fill(sides, x, y, maxima, flag, vectors)
@@ -285,6 +318,7 @@ def contrastive_gradients(
     want_y: bool = True,
     factor: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(G y (b, D) complete, G^T x (N, D) and <G, S> partial over these rows), float32; None where not wanted.
 
@@ -292,7 +326,7 @@ def contrastive_gradients(
     are looked at). <G, S> is summed where G is still float32: from a float16 G, as <G y, x>, it is percents wrong on
     cone-shaped embeddings. Narrow embeddings with one positive each are served by the fused kernel, unless `config`
     asks for waves of its sizes. Both gradients come times `factor` (0-d) and in `dtype` where these are given: last
-    steps of a caller that needs no partial sums.
+    steps of a caller that needs no partial sums. kept: contrastive_forward's, no product is computed again.
     """
     prepared = PairWeights.of(weights, flag)
     has_ids, pairs = prepared.own is None, (None, None)
@@ -304,10 +338,10 @@ def contrastive_gradients(
         SideGradient(rows, others, dtype or scale.dtype, of_side, factor) if want else None
         for rows, others, of_side, want in ((x, right, pairs[0], want_x), (y, left, pairs[1], want_y))
     )
-    narrow = config is None and not has_ids and fused_config(x) is not None
+    narrow = config is None and kept is None and not has_ids and fused_config(x) is not None
     if narrow and (want_x or want_y):
         along = fused_gradients(x, y, scale, prepared, dx, dy)
     else:
-        along = Waves(x, y, scale, prepared, config, (left, right)).sweep(dx, dy)
+        along = Waves(x, y, scale, prepared, config, (left, right), kept).sweep(dx, dy)
     along = along if has_ids else along + prepared.along
     return None if dx is None else dx.result(), None if dy is None else dy.result(), along

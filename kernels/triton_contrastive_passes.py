@@ -16,6 +16,7 @@ from torch import Tensor
 from .chunked import REACH, SUM_BITS
 from .chunked_contrastive import Positives, Weights
 from .triton_passes import PARTS, PLACES, sum_of_parts
+from .triton_tiles import LEFT_OUT, exponential, store_weights
 
 WIDE = 1024  # places at once, where nothing is added up over parts
 
@@ -165,6 +166,41 @@ def pair_weights_kernel(
         other = row_ok & (tl.load(row_ref_ptr + place, mask=row_ok, other=0.0) != first)
         other = other | (column_ok & (tl.load(column_ref_ptr + place, mask=column_ok, other=0.0) != first))
         tl.store(differs_ptr + tl.program_id(0), tl.max(other.to(tl.int32), 0))
+
+
+@triton.jit
+def kept_weights_kernel(
+    kept_ptr, unit_ptr, scale_ptr, flag_ptr, ref_ptr, row_inverse_ptr, column_inverse_ptr,
+    g_ptr, along_ptr, row_total_ptr, column_total_ptr,
+    row_start, row_end, column_start, column_end, n, stride_g,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """weights_kernel's outputs from kept products (b, n), int16 in units.
+
+    Logits bounded by B are then B / 65,534 off at most. (Exponentials in bfloat16 would be 2^-9 of themselves off: on a
+    cone gradients lose four times what dense torch does, and the scale's is lost altogether.)
+    """
+    if tl.load(flag_ptr) != 0:
+        return
+    local_column = tl.program_id(1) * BLOCK_N
+    first_row, first_column = row_start + tl.program_id(0) * BLOCK_M, column_start + local_column
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_ok, column_ok = first_row + row < row_end, first_column + column < column_end
+    inside = row_ok[:, None] & column_ok[None, :]
+    corner = kept_ptr + tl.cast(first_row, tl.int64) * n + first_column
+    whole = tl.load(corner + row[:, None] * n + column[None, :], mask=inside, other=LEFT_OUT)
+    s = tl.load(scale_ptr) * tl.load(unit_ptr) * whole.to(tl.float32)
+    row_inverse = tl.load(row_inverse_ptr + first_row + row, mask=row_ok, other=0.0)[:, None]
+    column_inverse = tl.load(column_inverse_ptr + first_column + column, mask=column_ok, other=0.0)[None, :]
+    g = exponential(s - tl.load(ref_ptr), True) * (row_inverse + column_inverse)
+    g = tl.where(whole == LEFT_OUT, 0.0, g)
+    by_row = tl.program_id(1).to(tl.int64) * (row_end - row_start) + first_row - row_start + row
+    tl.store(along_ptr + by_row, tl.sum(g * s, 1), mask=row_ok)
+    tl.store(row_total_ptr + by_row, tl.sum(g, 1), mask=row_ok)
+    by_column = tl.program_id(0).to(tl.int64) * (column_end - column_start) + local_column + column
+    tl.store(column_total_ptr + by_column, tl.sum(g, 0), mask=column_ok)
+    corner = g_ptr + tl.program_id(0).to(tl.int64) * BLOCK_M * stride_g + local_column
+    store_weights(corner, g, row, column, stride_g, inside)
 
 
 def references_of(largest: Tensor, scale: Tensor, out: Tensor) -> None:

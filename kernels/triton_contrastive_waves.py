@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked import spans
-from .triton_contrastive_passes import PairWeights
+from .triton_contrastive_passes import PairWeights, kept_weights_kernel
 from .triton_gradient import Centred, SideGradient, add_product
 from .triton_passes import add_several
 from .triton_tiles import (
@@ -182,17 +182,19 @@ class Waves:
         weights: PairWeights,
         config: Config | None,
         factors: tuple[Centred, Centred],
+        kept: tuple[Tensor, Tensor] | None = None,
     ):
+        self.kept = kept
         self.x, self.y, self.scale, self.weights = x, y, scale, weights
         has_ids = weights.positives.row_ids is not None
-        self.tiles = {
-            shared: config or choose_config(x, Work.FULL if has_ids else Work.LIGHT if shared else Work.NARROW)
-            for shared in (True, False)
-        }
+        self.tiles = {shared: config or choose_config(x, self._work(has_ids, shared)) for shared in (True, False)}
         self.left, self.right = factors
         self.height = min(len(x), self.tiles[True].wave_rows)
         self.width = min(len(y), self.tiles[True].wave_columns)
         self.block = torch.empty(self.height, self.width, dtype=self.left.stored, device=x.device)
+
+    def _work(self, has_ids: bool, shared: bool) -> Work:
+        return Work.FULL if has_ids else Work.LIGHT if shared and self.kept is None else Work.NARROW
 
     def sweep(self, dx: SideGradient | None, dy: SideGradient | None) -> Tensor:
         """<G, S> without lone positives' terms; fills dx and dy. The rows' sums are the one float32 (b, D) held."""
@@ -231,6 +233,13 @@ class Waves:
         along, by_row = scale.new_empty(2, parts, height)
         by_column = scale.new_empty(triton.cdiv(height, self.tiles[True].block_m), width)
         for shared, tile in self.tiles.items():  # the one whose flag it is not leaves the outputs alone
+            if shared and self.kept is not None:
+                kept_weights_kernel[len(by_column), parts](
+                    *self.kept, scale, weights.flag, weights.row_ref, weights.row_inverse, weights.col_inverse,
+                    g, along, by_row, by_column, *i, *j, len(self.y), g.stride(0),
+                    BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps,
+                )  # fmt: skip
+                continue
             grid = len(by_column), parts if shared else min(parts, tile.splits)
             weights_kernel[grid](
                 x, y, scale, weights.flag, weights.row_ref, weights.col_ref, weights.row_inverse, weights.col_inverse,

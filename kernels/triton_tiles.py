@@ -219,6 +219,9 @@ def some_left_out(first_row, first_column, row_end, column_end, offset, BLOCK_M:
     return ends | ((own < first_column + BLOCK_N) & (first_column < own + BLOCK_M))
 
 
+LEFT_OUT = tl.constexpr(-32768)  # among products that are kept in int16
+
+
 @triton.jit
 def some_positive(
     row_ids_ptr, column_ids_ptr, first_row, first_column, row_end, column_end,

@@ -85,8 +85,15 @@ def leaf(value) -> torch.Tensor:
 
 def contrastive_arguments(impl="chunked", dtype=torch.float32):
     x, y = (v.to(dtype, copy=True).requires_grad_() for v in (X, Y))
-    loss, statistics = contrastive.forward_op(x.detach(), y.detach(), torch.tensor(9.0), None, impl)
+    loss, statistics, *_ = contrastive.forward_op(x.detach(), y.detach(), torch.tensor(9.0), None, impl)
     return torch.ones_like(loss), x, y, leaf(9.0), None, statistics
+
+
+def contrastive_backward_kept():
+    x, y = (v.bfloat16().requires_grad_() for v in (X, Y))
+    loss, statistics, *kept = contrastive.forward_op(x.detach(), y.detach(), torch.tensor(9.0), None, "triton", True)
+    given = torch.ones_like(loss), x, y, leaf(9.0), None, statistics
+    return contrastive.backward_op, (*given, "triton", True, False, *kept)
 
 
 def sigmoid_arguments():
@@ -164,6 +171,11 @@ OPS |= {
             contrastive.backward_op,
             (*contrastive_arguments("triton", torch.bfloat16), "triton", False, True),
         ),
+        "contrastive_forward_kept": lambda: (
+            contrastive.forward_op,
+            (X.bfloat16().requires_grad_(), Y.bfloat16(), leaf(9.0), None, "triton", True),
+        ),
+        "contrastive_backward_kept": contrastive_backward_kept,
         "sigmoid_forward": lambda: (
             sigmoid.forward_op,
             (

@@ -23,7 +23,7 @@ HOT = (
     "relation_weights_kernel",
 )
 PASSES = ("own_products_kernel", "gradient_kernel")  # have no products
-PASSES += ("deviations_kernel", "centre_kernel", "relation_bounds_kernel")
+PASSES += ("kept_weights_kernel", "deviations_kernel", "centre_kernel", "relation_bounds_kernel")
 KEYS = ("kernel", "variant", "dtype", "arch", "tile", "warps")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 # One of each family and each architecture; the whole table is `python benchmarks/kernels_compile.py --write`.
