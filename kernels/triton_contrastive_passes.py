@@ -1,4 +1,4 @@
-"""Passes over the contrastive loss's sums, between its kernels: a launch for both sides where torch would need a dozen.
+"""Passes between the contrastive loss's kernels, without products: one launch in place of a dozen of torch's.
 
 At some thousand pairs the host, which starts the kernels, is what takes time. Letters as in chunked_contrastive: b rows
 against n columns, sums (3, b) and (3, n) of pos, off and target, r = pos + off. All orders of summation are fixed.
