@@ -30,9 +30,8 @@ from .triton_tiles import (
     store_weights,
 )
 
-PART = tl.constexpr(
-    32 if INTERPRETING else 64
-)  # columns of a tile that are worked on at once; interpreted tiles are smaller
+# Columns of a tile that are worked on at once; interpreted tiles are smaller.
+PART = tl.constexpr(32 if INTERPRETING else 64)
 
 
 @triton.jit

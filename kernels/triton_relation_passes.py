@@ -16,6 +16,7 @@ from torch import Tensor
 from .chunked import SUM_BITS
 from .chunked_relation import Tile
 from .chunked_relation_kl import NEAR, REACH
+from .triton_passes import sum_of_parts
 from .triton_relation import Operand
 
 ROWS, FEATURES = 32, 128  # at once, of embeddings
@@ -171,18 +172,6 @@ def relation_sums_kernel(
 
 
 @triton.jit
-def sum_of_parts(part_ptr, parts, n, place, ok, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
-    """At (BLOCK_N,) places the sum over (parts, n)."""
-    part = tl.arange(0, BLOCK_M)
-    total = tl.zeros((place.shape[0],), KIND)
-    for first in range(0, parts, BLOCK_M):
-        here = part_ptr + place[None, :] + (first + part).to(tl.int64)[:, None] * n
-        mask = (first + part < parts)[:, None] & ok[None, :]
-        total += tl.sum(tl.load(here, mask=mask, other=0.0).to(KIND), 0)
-    return total
-
-
-@triton.jit
 def weight_sums_kernel(
     flag_ptr, by_row_ptr, by_column_ptr, weight_ptr, row_out_ptr, column_out_ptr, along_out_ptr,
     height, row_parts, other_row_parts, width, column_parts, other_column_parts, row_programs, plane_row, plane_column,
@@ -205,7 +194,9 @@ def weight_sums_kernel(
         place = program * BLOCK_N + tl.arange(0, BLOCK_N)
         ok, plane = place < height, tl.cast(row_parts, tl.int64) * height
         along = by_row_ptr + (tl.num_programs(1) + k) * plane
-        along = tl.sum(sum_of_parts(along, row_parts, height, place, ok, tl.float64, BLOCK_M), 0)
+        along = tl.sum(
+            sum_of_parts(along, along_out_ptr, place, ok, row_parts, height, True, False, BLOCK_M, BLOCK_N), 0
+        )
         if WEIGHTED:
             along /= tl.load(weight_ptr)
         if not MIRRORED:
@@ -213,18 +204,16 @@ def weight_sums_kernel(
         tl.store(along_out_ptr + k * row_programs + program, along)
         if SUMMED:
             out = row_out_ptr + k * plane_row + place
-            total = sum_of_parts(by_row_ptr + k * plane, row_parts, height, place, ok, tl.float32, BLOCK_M)
-            if not ROW_FIRST:
-                total += tl.load(out, mask=ok, other=0.0)
+            part = by_row_ptr + k * plane
+            total = sum_of_parts(part, out, place, ok, row_parts, height, ROW_FIRST, False, BLOCK_M, BLOCK_N)
             tl.store(out, total, mask=ok)
     else:
         if SUMMED:
             place = (program - row_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
             ok, plane = place < width, tl.cast(column_parts, tl.int64) * width
             out = column_out_ptr + k * plane_column + place
-            total = sum_of_parts(by_column_ptr + k * plane, column_parts, width, place, ok, tl.float32, BLOCK_M)
-            if not COLUMN_FIRST:
-                total += tl.load(out, mask=ok, other=0.0)
+            part = by_column_ptr + k * plane
+            total = sum_of_parts(part, out, place, ok, column_parts, width, COLUMN_FIRST, False, BLOCK_M, BLOCK_N)
             tl.store(out, total, mask=ok)
 
 
