@@ -35,6 +35,20 @@ def quick_interpreter() -> Iterator[None]:
 
 
 @pytest.fixture
+def watched_kernels() -> Iterator[None]:
+    """Every memory access of the test's kernels is checked, where they run in the interpreter."""
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
+    from tests.kernels.watched import watched
+
+    with watched():
+        yield
+
+
+@pytest.fixture
 def tiles_of(monkeypatch) -> Callable[[int, int], None]:
     """Sets the size of the chunked tiles."""
     from vlscale.kernels import (

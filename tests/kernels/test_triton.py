@@ -25,6 +25,7 @@ def parts_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr):
         tl.store(out_ptr + rows + part * WIDTH + tl.arange(0, WIDTH)[None, :], parts[part])
 
 
+pytestmark = pytest.mark.usefixtures("watched_kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 16, 14.3), (63, 100, 100.0), (129, 64, 14.3), (260, 40, 100.0)]
 

@@ -14,6 +14,7 @@ from vlscale.kernels import contrastive_loss
 from vlscale.kernels import primitives as p
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("watched_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, D = 70, 20

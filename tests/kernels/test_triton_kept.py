@@ -7,6 +7,7 @@ from tests.kernels import cases as k
 from vlscale.kernels import contrastive, contrastive_loss
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("watched_kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 200  # three waves of rows, two of columns
 

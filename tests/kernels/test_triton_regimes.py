@@ -14,6 +14,7 @@ from tests.kernels.test_gradients import second_order
 from vlscale.kernels import reference, retrieval_ranks, topk_neighbors
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("watched_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 700 if DEVICE == "cuda" else 100

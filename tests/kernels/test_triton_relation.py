@@ -11,6 +11,7 @@ import torch
 from tests.kernels import cases as k
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("watched_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["cosine", "euclidean"]
