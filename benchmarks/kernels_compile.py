@@ -1,6 +1,6 @@
 """Compile every Triton kernel configuration for sm_80, sm_90 and sm_100 without a GPU, and read what came out.
 
-    python benchmarks/kernels_compile.py [--arch 80 90 100] [--only NAME] [--missing] [--write] [--table NAME]
+    python benchmarks/kernels_compile.py [--arch 80 90 100 120] [--only NAME] [--missing] [--write] [--table NAME]
 
 One line a configuration: registers and spills (ptxas), shared memory, and tensor-core instructions counted in the SASS.
 `--write` puts the rows into benchmarks/results/compile_table.csv and .md (a table of another Triton goes by a name of
@@ -28,7 +28,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from vlscale.kernels.triton_tiles import FUSED, Config, Work, config_for  # noqa: E402
+from vlscale.kernels.triton_tiles import FUSED, Config, Work, config_for, generation  # noqa: E402
 
 from vlscale.kernels import triton_contrastive as contrastive  # noqa: E402
 from vlscale.kernels import triton_contrastive_double as double  # noqa: E402
@@ -141,7 +141,7 @@ def builds(archs: list[int]) -> Iterator[Build]:
 
 def fused_builds(arch: int, dtype: str) -> Iterator[Build]:
     """The fused gradient, by the features that its tiles hold."""
-    for features, config in FUSED[arch // 10].items():
+    for features, config in FUSED[generation(arch // 10)].items():
         for shared in (True, False):
             variant = f"{features} features, " + ("shared" if shared else "vectors")
             yield Build(fused.fused_gradient_kernel, variant, dtype, arch, config, {"SHARED": shared})
@@ -323,8 +323,9 @@ def main() -> None:
     parser.add_argument("--table", default="compile_table", help="its name")
     arguments = parser.parse_args()
     every = list(builds([80, 90, 100]))
+    beside = builds([arch for arch in arguments.arch if arch not in (80, 90, 100)])  # printed, not in the table
     names = named({b.kernel.__name__ for b in every}, arguments.only)
-    chosen = [b for b in every if b.arch in arguments.arch and b.kernel.__name__ in names]
+    chosen = [b for b in [*every, *beside] if b.arch in arguments.arch and b.kernel.__name__ in names]
     known = committed(arguments.table, every)
     if arguments.missing:
         chosen = [b for b in chosen if b.name not in known]

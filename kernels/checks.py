@@ -17,19 +17,27 @@ _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 def available_impls(device: torch.device) -> list[str]:
     """Implementations that run on `device` now; on CPU the Triton kernels run only in Triton's interpreter."""
-    triton_runs = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return [*(["triton"] if triton_runs and _TRITON_FOUND else []), "chunked", "reference"]
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return [*(["triton"] if _TRITON_FOUND and (interpreted or _compiles_for(device)) else []), "chunked", "reference"]
+
+
+def _compiles_for(device: torch.device) -> bool:
+    """Whether the Triton kernels have tiles for this GPU: NVIDIA's of compute capability 8.0 or more."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(device).major >= 8  # torch.compile folds this call, not its siblings
 
 
 def choose_impl(impl: str, device: torch.device) -> str:
     if impl == "auto":
-        return "triton" if device.type == "cuda" and _TRITON_FOUND else "chunked"
+        return "triton" if _TRITON_FOUND and _compiles_for(device) else "chunked"
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "triton" and impl not in (available := available_impls(device)):
         raise ValueError(
             f"impl: 'triton' is not available for {device.type} tensors here, available: auto, {', '.join(available)}"
-            " (CUDA tensors, or TRITON_INTERPRET=1 for CPU tensors, make it so)"
+            " (tensors on an NVIDIA GPU of compute capability 8.0 or more, or TRITON_INTERPRET=1 for CPU tensors, make"
+            " it so)"
         )
     return impl
 

@@ -63,7 +63,7 @@ BF16 = {
     Work.DOUBLE: Config(block_n=64, wave_rows=4096),
     Work.CROWDED: Config(block_m=64, block_n=64, wave_rows=4096),
 }
-# Before 9.0 a block has 164 KB of shared memory and no 128 x 256 tile; 10.0 spills where 9.0 does not.
+# Before 9.0 a block has 99 to 164 KB of shared memory and no 128 x 256 tile; 10.0 spills where 9.0 does not.
 BEFORE_HOPPER = {Work.LIGHT: Work.FULL, Work.PARTS: Work.CROWDED, Work.DOUBLE: Work.CROWDED}
 AFTER_HOPPER = {
     Work.LIGHT: Work.FULL,
@@ -83,8 +83,14 @@ def choose_config(x: Tensor, work: Work) -> Config:
     return config_for(x.dtype, torch.cuda.get_device_capability(x.device)[0], work)
 
 
+def generation(capability: int) -> int:
+    """8, 9 or 10: whose tiles serve a major compute capability. From 12 on, cards multiply and hold as much as at 8."""
+    return 8 if capability < 9 or capability >= 12 else min(capability, 10)
+
+
 def config_for(dtype: torch.dtype, capability: int, work: Work) -> Config:
     """Tile sizes by the major compute capability."""
+    capability = generation(capability)
     if dtype == torch.float32:
         return FP32_TWO if work in (Work.PARTS, Work.DOUBLE, Work.CROWDED) else FP32_ONE
     smaller = BEFORE_HOPPER if capability < 9 else AFTER_HOPPER if capability > 9 else {}
@@ -125,7 +131,7 @@ def fused_config(x: Tensor) -> Config | None:
     if x.device.type == "cpu":
         return replace(FUSED_INTERPRETED, block_k=max(16, features)) if features <= 32 else None
     capability = torch.cuda.get_device_capability(x.device)[0]
-    return FUSED[min(10, max(8, capability))].get(max(64, features))
+    return FUSED[generation(capability)].get(max(64, features))
 
 
 @triton.jit

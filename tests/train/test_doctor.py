@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -58,6 +60,26 @@ def test_what_is_too_little_comes_with_what_to_change(monkeypatch, tmp_path):
     assert (missing.level, missing.value) == ("fail", "not installed") and "pip install" in missing.change
     monkeypatch.setenv("PATH", str(tmp_path))
     assert levels(doctor.tools())["g++"] == "warn"
+
+
+@pytest.mark.parametrize(("major", "losses"), [(9, "ok"), (7, "warn")])
+def test_what_a_gpu_serves_is_said(monkeypatch, major, losses):
+    """A device that is made up: 30 of 80 GiB free."""
+    says = {
+        "is_available": True,
+        "device_count": 1,
+        "mem_get_info": (30 << 30, 80 << 30),
+        "get_device_name": "a card",
+        "get_device_capability": (major, 0),
+        "get_device_properties": SimpleNamespace(major=major),
+        "is_bf16_supported": major >= 8,
+    }
+    for name, value in says.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    found = {finding.name: finding for finding in doctor.accelerator()}
+    assert found["GPU 0"].level == "warn" and found["GPU 0"].value == "a card, 30.0 of 80.0 GiB free"
+    assert (found["losses"].level, found["bf16"].level) == (losses, losses)
+    assert losses == "ok" or "compute capability 8.0" in found["losses"].change
 
 
 def test_a_good_config_is_usable(tiny_config):
