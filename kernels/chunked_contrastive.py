@@ -37,7 +37,8 @@ from .chunked import (
 class Positives:
     """Which elements of a tile are positives, and how many each row and column has.
 
-    `counts`, (b,) and (N,), are given where these columns are only a block of all that the positives are among.
+    `counts`, (b,) and (N,), are given where these columns are only a block of all that the positives are among. Ids are
+    packed here, since callers take them as views (a column of a table) and the kernels read what lies in memory.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Positives:
         offset: int,
         counts: tuple[Tensor, Tensor] | None = None,
     ):
+        if row_ids is not None:
+            row_ids, col_ids = row_ids.contiguous(), col_ids.contiguous()
         self.row_ids, self.col_ids, self.offset = row_ids, col_ids, offset
         if counts is None and row_ids is not None:
             counts = same_id_count(row_ids, col_ids), same_id_count(col_ids, col_ids)

@@ -65,6 +65,26 @@ def test_strided_inputs(loss, impl):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@blockwise
+@pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
+def test_strided_ids(loss, impl):
+    """A column of a table, and one id for all: neither lies in memory as it reads."""
+
+    def paired(ids):
+        settings = {"pair_id": ids, "impl": impl}
+        return lambda x, y, _: (
+            contrastive_loss(x, y, 10.0, **settings)
+            if loss == "contrastive"
+            else sigmoid_loss(x, y, 10.0, -5.0, **settings)
+        )
+
+    column = torch.tensor([[0, 9], [1, 9], [0, 9], [2, 9], [1, 9], [3, 9]])[:, 0]
+    for ids in (column, torch.zeros(1, dtype=torch.int64).expand(6)):
+        assert not ids.is_contiguous()
+        strided, packed = (value_and_grads(paired(v), X, Y, impl) for v in (ids, ids.clone().contiguous()))
+        assert all(torch.equal(a, b) for a, b in zip(strided, packed, strict=True))
+
+
 def narrow_rows(impl, rows):
     """In float64 Triton's kernels are not asked; the kernels' own precision is what is compared there."""
     return rows.float() if impl == "triton" else rows.double()
