@@ -169,10 +169,11 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, u, v, w):
-    image, text = ctx.saved_tensors[1:3]
+    saved = ctx.saved_tensors  # once, as under checkpointing
+    image, text = saved[1:3]
     u = u if ctx.wanted[0] else torch.zeros_like(image)
     v = v if ctx.wanted[1] else torch.zeros_like(text)
-    grads = double_backward_op(u, v, w, *ctx.saved_tensors, ctx.impl)
+    grads = double_backward_op(u, v, w, *saved, ctx.impl)
     return *(g if want else None for g, want in zip(grads, ctx.needs_input_grad[:4], strict=True)), *[None] * 7
 
 

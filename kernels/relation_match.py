@@ -130,8 +130,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
-    inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    return *scale_saved(grad, saved, inputs, ctx.needs_input_grad), *[None] * 5
+    saved = ctx.saved_tensors  # once: checkpointing unpacks what was saved a single time
+    return *scale_saved(grad, saved[4:], saved[:4], ctx.needs_input_grad), *[None] * 5
 
 
 forward_op.register_autograd(_backward, setup_context=_save)

@@ -125,7 +125,8 @@ def _save_forward(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:  # a second derivative, which the gradient's own op has taken
         return (None,) * 7
-    inputs, made = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # once: checkpointing unpacks what was saved a single time
+    inputs, made = saved[:5], saved[5:]
     needed = list(ctx.needs_input_grad[:4])
     grads = backward_op(grad, *inputs, list(made), needed)
     return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None, None

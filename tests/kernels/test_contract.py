@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from vlscale.kernels.checks import available_impls
 
 import vlscale.kernels as kernels
@@ -63,6 +64,23 @@ def test_strided_inputs(loss, impl):
     packed = value_and_grads(loss, x.contiguous(), y.contiguous(), impl)
     for a, b in zip(strided, packed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def under_checkpoint(loss, impl, reentrant):
+    x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    value = checkpoint(lambda a, b: loss(a, b, impl), x, y, use_reentrant=reentrant)
+    value.backward()
+    return value, x.grad, y.grad
+
+
+@every_loss
+@blockwise
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(loss, impl, reentrant):
+    """Without reentrance a backward may unpack what it saved only once."""
+    plain = value_and_grads(loss, X, Y, impl)
+    again = under_checkpoint(loss, impl, reentrant)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
 @blockwise
