@@ -5,12 +5,14 @@ memory is a constant plus O(N). On a CPU a tile must stay in cache between the p
 that consume it; the sizes below were chosen by measurement (benchmarks/kernels_cpu.py).
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ROWS, COLUMNS = 512, 2048  # a 4 MB tile in float32
 SUM_BITS = {torch.float32: 102, torch.float64: 970}  # a sum under N 2^-bits may have lost terms to underflow
@@ -92,13 +94,27 @@ def tile_operands(image: Tensor, text: Tensor, scale: Tensor, impl: str) -> tupl
     return image.to(scale.dtype).contiguous(), text.to(scale.dtype).contiguous(), triton
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A caller's autocast must not turn fp32 products into bf16 ones. Meta tensors have none to turn off."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def refuse_tangents(impl: str, *tensors: Tensor) -> None:
+    """An op without a forward-mode formula drops its inputs' tangents: the derivative would silently be 0."""
+    if torch.compiler.is_compiling() or all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors):
+        return
+    raise ValueError(
+        f"impl: expected reference for forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors), got {impl!r};"
+        " take it, or reverse mode"
+    )
+
+
 def full_precision(function):
-    """Run an op's body without autocast: a caller's autocast must not turn fp32 products into bf16 ones."""
+    """Run an op's body without autocast."""
 
     @functools.wraps(function)
     def body(*args, **kwargs):
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device_type=device, enabled=False):
+        with without_autocast(next(a.device for a in args if isinstance(a, Tensor))):
             return function(*args, **kwargs)
 
     return body

@@ -14,7 +14,7 @@ from . import chunked_contrastive as tiles
 from . import chunked_contrastive_double as double_tiles
 from . import reference
 from .checks import as_autocast, as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
-from .chunked import HALF, full_precision, tile_operands
+from .chunked import HALF, full_precision, refuse_tangents, tile_operands, without_autocast
 
 STATISTICS = 8  # row_ref, col_ref, then pos, off, target of the rows and of the columns
 
@@ -206,8 +206,9 @@ def contrastive_loss(
     scale = as_scalar("logit_scale", logit_scale, image_emb, dtype, positive=True)
     impl = choose_impl(impl, image_emb.device)
     if impl == "reference":
-        with torch.autocast(device_type=image_emb.device.type, enabled=False):
+        with without_autocast(image_emb.device):
             return reference.contrastive_loss(image_emb.to(dtype), text_emb.to(dtype), scale, pair_id)
+    refuse_tangents(impl, image_emb, text_emb, scale)
     image_emb, text_emb = as_autocast(impl, image_emb, text_emb)
     keep = keep_products and impl == "triton" and image_emb.dtype in HALF and pair_id is None
     keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in (image_emb, text_emb, scale))

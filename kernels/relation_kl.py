@@ -24,7 +24,7 @@ from .checks import (
     compute_dtype,
     join_teachers,
 )
-from .chunked import full_precision
+from .chunked import full_precision, refuse_tangents, without_autocast
 from .chunked_relation import Relation, Sweep
 
 STATISTICS = 2 + tiles.SUMS  # the two references, then each row's sums, or coefficients that the kernels made of them
@@ -213,9 +213,10 @@ def relation_kl_loss(
         parts = [student_emb, *teachers, student_weight, weights]
         return torch.stack([0 * part.to(dtype).sum() for part in parts]).sum()
     if impl == "reference":
-        with torch.autocast(device_type=student_emb.device.type, enabled=False):
+        with without_autocast(student_emb.device):
             teachers = [t.to(dtype) for t in teachers]
             return reference.relation_kl_loss(student_emb.to(dtype), student_weight, teachers, weights, scope, relation)
+    refuse_tangents(impl, student_emb, *teachers, student_weight, weights)
     widths = [t.shape[1] for t in teachers]
     student_emb, *teachers = as_autocast(impl, student_emb, *teachers)
     teacher = join_teachers(teachers, dtype)

@@ -28,7 +28,7 @@ from .checks import (
     compute_dtype,
     join_teachers,
 )
-from .chunked import full_precision
+from .chunked import full_precision, refuse_tangents, without_autocast
 from .chunked_relation import Relation, RelationGradient, Sweep
 from .once import scale_saved
 
@@ -172,13 +172,14 @@ def relation_match_loss(
         return torch.stack([0 * part.to(dtype).sum() for part in parts]).sum()
     widths = [t.shape[1] for t in teachers]
     if impl == "reference":
-        with torch.autocast(device_type=student_emb.device.type, enabled=False):
+        with without_autocast(student_emb.device):
             teachers = [t.to(dtype) for t in teachers]
             return reference.relation_match_loss(student_emb.to(dtype), student_weight, teachers, weights, metric)
     if metric == "mse":
-        with torch.autocast(device_type=student_emb.device.type, enabled=False):
+        with without_autocast(student_emb.device):
             embs = [student_emb, *teachers]
             return _mse(embs, torch.cat([student_weight, -weights]), [student_emb.shape[1], *widths])
+    refuse_tangents(impl, student_emb, *teachers, student_weight, weights)
     if metric == "mae":
         student_emb, *teachers = as_autocast(impl, student_emb, *teachers)
     teacher = join_teachers(teachers, dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import chunked_retrieval as tiles
 from . import reference
 from .checks import check_embeddings, check_indices, check_same, choose_impl, compute_dtype
+from .chunked import without_autocast
 
 MOST = 512  # neighbours that Triton seeks, 64 in a pass over the gallery; chunked blocks sort better than more passes
 
@@ -25,7 +26,7 @@ def _check(query_emb: Tensor, gallery_emb: Tensor) -> tuple[Tensor, Tensor]:
 
 def _run(name: str, impl: str, query: Tensor, gallery: Tensor, *arguments):
     """The function of that name in the implementation's module; Triton takes narrow embeddings as they are."""
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with without_autocast(query.device):
         if impl == "triton":
             from . import triton_retrieval
 

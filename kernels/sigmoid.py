@@ -15,7 +15,7 @@ from . import chunked_sigmoid as tiles
 from . import chunked_sigmoid_double as double_tiles
 from . import reference
 from .checks import as_autocast, as_scalar, check_embeddings, check_pair_id, check_same, choose_impl, compute_dtype
-from .chunked import full_precision, tile_operands
+from .chunked import full_precision, refuse_tangents, tile_operands, without_autocast
 from .chunked_contrastive import Positives
 
 
@@ -173,8 +173,9 @@ def sigmoid_loss(
     bias = as_scalar("logit_bias", logit_bias, image_emb, dtype, positive=False)
     impl = choose_impl(impl, image_emb.device)
     if impl == "reference":
-        with torch.autocast(device_type=image_emb.device.type, enabled=False):
+        with without_autocast(image_emb.device):
             return reference.sigmoid_loss(image_emb.to(dtype), text_emb.to(dtype), scale, bias, pair_id)
+    refuse_tangents(impl, image_emb, text_emb, scale, bias)
     image_emb, text_emb = as_autocast(impl, image_emb, text_emb)
     want = [t.requires_grad and torch.is_grad_enabled() for t in (image_emb, text_emb, scale, bias)]
     return forward_op(image_emb, text_emb, scale, bias, pair_id, want, impl)[0]

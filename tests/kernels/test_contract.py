@@ -66,6 +66,34 @@ def test_strided_inputs(loss, impl):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+FORWARD = [(name, impl) for name in LOSSES for impl in IMPLS if impl == "reference" or name != "relation_mse"]
+
+
+@pytest.mark.parametrize(("name", "impl"), FORWARD)
+@pytest.mark.parametrize("transform", [torch.func.jvp, lambda f, x, t: torch.func.jacfwd(f)(*x)])
+def test_forward_mode_is_made_or_refused_never_zero(name, impl, transform):
+    """The ops have no forward-mode formula; torch would take their result for a constant."""
+
+    def along(x):
+        return LOSSES[name](x, Y, impl)
+
+    if impl == "reference":
+        found = transform(along, (X,), (Y,))
+        assert (found[1] if isinstance(found, tuple) else found).abs().sum() > 0
+        return
+    with pytest.raises(ValueError, match=f"impl: expected reference for forward-mode derivatives.*got {impl!r}"):
+        transform(along, (X,), (Y,))
+
+
+@every_loss
+@pytest.mark.parametrize("impl", ["reference", "chunked", "auto"])
+def test_meta_tensors(loss, impl):
+    """Shapes and dtypes without data, as tools that plan memory ask for them."""
+    value, *gradients = value_and_grads(loss, X.to("meta"), Y.to("meta"), impl)
+    assert value.is_meta and value.shape == () and value.dtype == torch.float32
+    assert all(g.is_meta and g.shape == X.shape for g in gradients)
+
+
 def under_checkpoint(loss, impl, reentrant):
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
     value = checkpoint(lambda a, b: loss(a, b, impl), x, y, use_reentrant=reentrant)
