@@ -245,7 +245,9 @@ def contrastive_statistics(
 
 
 def _config(x: Tensor, *, has_ids: bool, shared: bool) -> Config:
-    return choose_config(x, Work.LIGHT if shared and not has_ids else Work.FULL)
+    if shared and not has_ids:
+        return choose_config(x, Work.LIGHT, "contrastive_forward")
+    return choose_config(x, Work.FULL)
 
 
 def _fill(

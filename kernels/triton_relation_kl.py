@@ -33,10 +33,11 @@ def _constants(student: Operand, teacher: Operand, config: Config) -> dict:
     return {"K": len(teacher.weights), "EUCLIDEAN": student.kind == "euclidean", **config.launch()}
 
 
-def _config(student: Operand, teacher: Operand, *, plain: bool = True) -> Config:
-    """One reference leaves room for larger tiles, one teacher for the largest."""
+def _config(student: Operand, teacher: Operand, way: str, *, plain: bool = True) -> Config:
+    """One reference leaves room for larger tiles, one teacher for the largest; `way` is forward or backward."""
     if plain and len(teacher.weights) == 1:
-        return choose_config(student.rows, Work.PARTS)
+        launch = f"relation_kl_{way}" if student.kind == teacher.kind == "cosine" else None
+        return choose_config(student.rows, Work.PARTS, launch)
     return choose_config(student.rows, Work.DOUBLE if plain and teacher.kind == "cosine" else Work.CROWDED)
 
 
@@ -99,7 +100,7 @@ def _fill_statistics(
 ) -> None:
     """relation_kl_statistics into sums and columns, only while `run` is set, if given; `losses` make coefficients of
     them, and take the rest."""
-    config = config or _config(student, teacher, plain=references.shared)
+    config = config or _config(student, teacher, "forward", plain=references.shared)
     guard, run = run, _always(student.weights) if run is None else run
     extent = sizes(student, teacher, offset)
     b, n = extent[1:3]
@@ -190,7 +191,7 @@ def relation_kl_gradients(
     """
     launches = launches or [(references, _always(student.weights))]
     coefficients, column_coefficients = coefficients.contiguous(), column_coefficients.contiguous()
-    waved = config or _config(student, teacher)
+    waved = config or _config(student, teacher, "backward")
     extent, dtype = sizes(student, teacher, offset), student.weights.dtype
     stored, euclidean = student.stored_dtype(), student.kind == "euclidean"
     gradient = OperandGradient(student, sweep, stored) if want_student else None
@@ -203,7 +204,10 @@ def relation_kl_gradients(
     teacher_block = block.new_empty(planes, *block.shape[1:], dtype=dtype) if want_teacher else None
     either = launches[1][1] if len(launches) > 1 else None
     for place in waves(sweep, *extent[1:3], height, width):
-        tiles = [config or _config(student, teacher, plain=refs.shared and not of_teacher) for refs, _ in launches]
+        tiles = [
+            config or _config(student, teacher, "backward", plain=refs.shared and not of_teacher)
+            for refs, _ in launches
+        ]
         launched = [
             (triton.cdiv(place.shape[0], tile.block_m), triton.cdiv(place.shape[1], tile.block_n)) for tile in tiles
         ]

@@ -83,7 +83,9 @@ def relation_mae_sweep(
     `negated` is the teacher with its weights negated, and so is its weights' gradient. A sum over ordered pairs i != j,
     except that a pair sweep counts each of its unordered pairs once for both orders.
     """
-    config = config or choose_config(student.rows, Work.PARTS if len(negated.weights) == 1 else Work.DOUBLE)
+    one = len(negated.weights) == 1
+    given = (Work.PARTS, "relation_mae") if one else (Work.DOUBLE,)
+    config = config or choose_config(student.rows, *given)
     offset, b, n, width_s, width_t = sizes(student, negated, offset)
     stored, wanted = student.stored_dtype(), (want_student, want_teacher)
     gradients = [

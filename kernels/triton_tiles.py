@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked import HALF
+from .measured_tiles import FUSED_WIDTHS, measured_sizes
 
 # Triton's interpreter multiplies bfloat16 operands as the integers that hold their bits: they are widened first there.
 INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -76,8 +77,10 @@ FP32_TWO = replace(FP32_ONE, warps=8)
 INTERPRETED = Config(block_m=32, block_n=64, block_k=32, wave_rows=96, wave_columns=128, splits=2)  # several of each
 
 
-def choose_config(x: Tensor, work: Work) -> Config:
-    """Tile sizes for embeddings like x."""
+def choose_config(x: Tensor, work: Work, launch: str | None = None) -> Config:
+    """Tile sizes for embeddings like x: those that were measured for the launch, or else its work's."""
+    if launch and (sizes := measured_sizes(launch, x.dtype, x.device)):
+        return Config(**sizes)
     if x.device.type == "cpu":
         return INTERPRETED
     return config_for(x.dtype, torch.cuda.get_device_capability(x.device)[0], work)
@@ -128,10 +131,13 @@ def fused_config(x: Tensor) -> Config | None:
     features = triton.next_power_of_2(x.shape[1])
     if x.dtype not in HALF:
         return None
+    sizes = measured_sizes(f"contrastive_fused_{max(FUSED_WIDTHS[0], features)}", x.dtype, x.device)
+    if sizes is not None:
+        return Config(**sizes) if sizes else None
     if x.device.type == "cpu":
         return replace(FUSED_INTERPRETED, block_k=max(16, features)) if features <= 32 else None
     capability = torch.cuda.get_device_capability(x.device)[0]
-    return FUSED[generation(capability)].get(max(64, features))
+    return FUSED[generation(capability)].get(max(FUSED_WIDTHS[0], features))
 
 
 @triton.jit
