@@ -37,6 +37,7 @@ class Tile:
     rows: tuple[int, int]
     columns: tuple[int, int]
     mirrored: bool  # whether the columns are served as well
+    square: bool = False  # whether the columns are the rows: each pair is here twice
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +47,7 @@ class Tile:
 def sweep_tiles(sweep: Sweep, rows: int, columns: int) -> Iterator[Tile]:
     for i in spans(0, rows, ROWS):
         if sweep is Sweep.TRIANGLE:
-            yield Tile(i, i, False)
+            yield Tile(i, i, False, square=True)
         for j in spans(i[1] if sweep is Sweep.TRIANGLE else 0, columns, COLUMNS):
             yield Tile(i, j, sweep is not Sweep.ROWS)
 
@@ -93,8 +94,10 @@ class Relation:
         return squared.mul_(squared > noise).sqrt_()
 
     def logits(self, place: Tile, out: Tensor, spare: Tensor) -> Tensor:
+        """A tile; of a square's two roundings of one pair both elements get the upper one's."""
         if self.kind == "cosine":
-            return product(self.rows[slice(*place.rows)] * self.spread, self.columns[slice(*place.columns)], out)
+            product(self.rows[slice(*place.rows)] * self.spread, self.columns[slice(*place.columns)], out)
+            return out.copy_(out.triu() + out.triu(1).T) if place.square else out
         out.zero_()
         for k in range(len(self.segments)):
             out.addcmul_(self.distances(k, place, spare), self.weights[k], value=-1)

@@ -12,7 +12,9 @@ The second form has no cancellation when student and teacher nearly agree, where
     G_ij = e_s / rs_i - e_t / rt_i for the student,   p_t (d - E_i) for the teacher,   H = G + G^T
 
 With one constant for each reference a tile serves its rows and its columns: N^2 (D_s + D_t) multiply-adds forward, the
-same again and N^2 D_s backward. Vector references (the row maxima) visit every tile and cost twice that.
+same again and N^2 D_s backward. Vector references (the row maxima) cost a round of products more, and exponentials for
+rows and columns apart. A triangle has one logit for both orders of a pair: where logits are large, a row whose sum was
+made of one rounding and whose gradient is made of the other has probabilities that do not add up to 1.
 """
 
 from dataclasses import dataclass
@@ -66,16 +68,22 @@ def relation_kl_reference(student: Relation, teacher: Relation) -> References:
     return References(constant, constant)
 
 
-def relation_maxima(student: Relation, teacher: Relation, offset: int) -> tuple[Tensor, Tensor]:
-    """Off-diagonal row maxima of both logits, (b,) each: references where one constant does not reach."""
+def relation_maxima(
+    student: Relation, teacher: Relation, offset: int, sweep: Sweep = Sweep.ROWS
+) -> tuple[Tensor, Tensor]:
+    """Off-diagonal row maxima of both logits, (b,) each: references where one constant does not reach.
+
+    `sweep` ROWS or TRIANGLE, the one that they are references for.
+    """
     b, n = len(student.rows), len(student.columns)
-    scratch = Scratch(2, tile_elements(Sweep.ROWS, b, n), student.rows)
+    scratch = Scratch(2, tile_elements(sweep, b, n), student.rows)
     maxima = student.rows.new_full((2, b), -torch.inf)
-    for place in sweep_tiles(Sweep.ROWS, b, n):
-        for row, relation in zip(maxima[:, slice(*place.rows)], (student, teacher), strict=True):
+    for place in sweep_tiles(sweep, b, n):
+        for found, relation in zip(maxima, (student, teacher), strict=True):
             tile = relation.logits(place, scratch.tile(0, *place.shape), scratch.tile(1, *place.shape))
             set_diagonal(tile, place, offset, -torch.inf)
-            torch.maximum(row, tile.amax(1), out=row)
+            for side, dim in ((place.rows, 1), (place.columns, 0))[: 1 + place.mirrored]:
+                torch.maximum(found[slice(*side)], tile.amax(dim), out=found[slice(*side)])
     return maxima[0], maxima[1]
 
 
@@ -131,18 +139,26 @@ def relation_kl_statistics(
     columns = student.rows.new_zeros(SUMS, len(student.columns)) if sweep is Sweep.PAIR else None
     for place in maker.places:
         maker.load(place)
-        tile = maker.exponentials(place, references.of_rows(place))
-        drift = torch.mul(tile.e_t, tile.d, out=tile.d)
-        for k, part in enumerate((tile.e_s, tile.e_t, tile.difference, drift)):
-            _add_sums(rows, columns, k, part, place)
-        _add_sums(rows, columns, 4, drift.add_(tile.difference), place)
+        sides = [(rows[:, slice(*place.rows)], 1)]
+        if place.mirrored:
+            sides.append(((rows if columns is None else columns)[:, slice(*place.columns)], 0))
+        if references.shared:
+            _add_sums(maker.exponentials(place, references.of_rows(place)), sides)
+            continue
+        for side, refs in zip(sides, (references.of_rows, references.of_columns), strict=False):
+            _add_sums(maker.exponentials(place, refs(place)), [side])
     return rows, columns
 
 
-def _add_sums(rows: Tensor, columns: Tensor | None, k: int, tile: Tensor, place: Tile) -> None:
-    rows[k, slice(*place.rows)] += tile.sum(1)
-    if place.mirrored:
-        (rows if columns is None else columns)[k, slice(*place.columns)] += tile.sum(0)
+def _add_sums(tile: Exponentials, sides: list[tuple[Tensor, int]]) -> None:
+    """Add one tile's five sums along a dimension to each side's (5, n); `tile` is used up."""
+    drift = torch.mul(tile.e_t, tile.d, out=tile.d)
+    for k, part in enumerate((tile.e_s, tile.e_t, tile.difference, drift)):
+        for sums, dim in sides:
+            sums[k] += part.sum(dim)
+    drift.add_(tile.difference)
+    for sums, dim in sides:
+        sums[4] += drift.sum(dim)
 
 
 def relation_kl_terms(sums: Tensor) -> Tensor:
@@ -237,7 +253,6 @@ def relation_kl_sums(student: Relation, teacher: Relation, *, matrix: bool) -> t
         checked = sums[:2].double().sum(1).to(sums.dtype) if matrix else sums[:2]
         if sums_are_sound(len(student.rows), checked) or not torch.isfinite(references.student):
             return references, sums
-    s, t = relation_maxima(student, teacher, 0)
+    s, t = relation_maxima(student, teacher, 0, Sweep.TRIANGLE)
     references = References(s.amax(), t.amax()) if matrix else References(s, t, s, t)
-    sweep = Sweep.TRIANGLE if matrix else Sweep.ROWS
-    return references, relation_kl_statistics(student, teacher, references, sweep, 0)[0]
+    return references, relation_kl_statistics(student, teacher, references, Sweep.TRIANGLE, 0)[0]

@@ -84,11 +84,11 @@ def _(student, student_weight, teacher, weights, widths, relation, matrix, impl)
     return weights.new_empty(()), weights.new_empty(rows, student.shape[0])
 
 
-def _references(statistics: Tensor, *, matrix: bool) -> tuple[tiles.References, Sweep]:
+def _references(statistics: Tensor, *, matrix: bool) -> tiles.References:
     s, t = statistics[0], statistics[1]
     if matrix or (statistics.device.type == "cpu" and bool((s == s[0]).all() & (t == t[0]).all())):
-        return tiles.References(s[0], t[0]), Sweep.TRIANGLE
-    return tiles.References(s, t, s, t), Sweep.ROWS
+        return tiles.References(s[0], t[0])
+    return tiles.References(s, t, s, t)
 
 
 @torch.library.custom_op("vlscale::relation_kl_backward", mutates_args=())
@@ -129,8 +129,8 @@ def backward_op(
             sums = sums.double().sum(1, keepdim=True).expand(-1, len(student))
         coefficients = tiles.relation_kl_coefficients(sums).to(weights.dtype)
         s, t = _relations(student, student_weight, teacher, weights, widths, relation)
-        references, sweep = _references(statistics, matrix=matrix)
-        sides = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, sweep, 0, **want)
+        references = _references(statistics, matrix=matrix)
+        sides = tiles.relation_kl_gradients(s, t, references, coefficients, coefficients, Sweep.TRIANGLE, 0, **want)
         found = [part for g in sides for part in ((None, None) if g is None else g.finish()[::2])]
         pairs = zip(found, inputs, wanted, strict=True)
         found = [part.mul_(mean).to(of.dtype) if want else None for part, of, want in pairs]
