@@ -4,8 +4,11 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,6 +32,15 @@ def commit() -> str:
     found = _git("describe", "--always") or "unknown"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     return f"{found}-dirty" if changed else found
+
+
+def end_with(main: Callable[..., int | None], *given) -> NoReturn:
+    """Ends the process by what `main` returns; input that it refuses (ValueError) is one line and exit 2."""
+    try:
+        sys.exit(main(*given))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _git(*arguments: str) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset
-from common import provenance
+from common import end_with, provenance
 from data_peers import BATCH, SHARDS, SPEC, Job, Pipeline, pipelines
 from data_table import Row, write
 
@@ -237,4 +237,4 @@ def waiting_times(folder: Path, tokenizer) -> list[Row]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_with(main)

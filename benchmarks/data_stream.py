@@ -17,7 +17,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-from common import provenance
+from common import end_with, provenance
 from data_table import Row, write
 
 from vlscale.data.images import ImageSpec
@@ -148,4 +148,4 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_with(main)

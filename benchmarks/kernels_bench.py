@@ -25,6 +25,7 @@ if (ROOT / "setup.py").is_file():
 
 import kernels_bench_accuracy as accuracy  # noqa: E402
 import kernels_bench_pictures as pictures  # noqa: E402
+from common import end_with  # noqa: E402
 from kernels_bench_entries import FAMILIES, Entry, Missing, Problem, entries, make_problem  # noqa: E402
 from kernels_bench_measure import Calls, Device, OutOfMemory, interleave, warm  # noqa: E402
 from kernels_bench_report import Rows, key, write  # noqa: E402
@@ -237,4 +238,4 @@ def run(given: argparse.Namespace, command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main, sys.argv[1:])

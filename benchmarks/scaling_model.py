@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import provenance, today  # noqa: E402
+from benchmarks.common import end_with, provenance, today  # noqa: E402
 from vlscale.config import PlannedRun, validate  # noqa: E402
 from vlscale.train.memory_plan import traffic  # noqa: E402
 from vlscale.train.memory_plan_facts import Run, gather_facts  # noqa: E402
@@ -311,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

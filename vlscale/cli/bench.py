@@ -7,6 +7,7 @@ import typer
 
 SCRIPTS = {  # name to script and what it measures
     "kernels": ("kernels_bench.py", "every kernel against dense torch and other libraries"),
+    "tune": ("kernels_tune.py", "tile sizes of the Triton kernels for this GPU, by trying them"),
     "step": ("step.py", "what each method's step costs against plain contrastive training"),
     "checkpoint": ("checkpoint_cost.py", "what saving adds to a step, beside training and with training waiting"),
     "matching": ("matching.py", "whether matching learns: held-out accuracy on scenes"),
