@@ -97,7 +97,7 @@ class Relation:
         """A tile; of a square's two roundings of one pair both elements get the upper one's."""
         if self.kind == "cosine":
             product(self.rows[slice(*place.rows)] * self.spread, self.columns[slice(*place.columns)], out)
-            return out.copy_(out.triu() + out.triu(1).T) if place.square else out
+            return out.triu_().add_(torch.triu(out, 1, out=spare).T) if place.square else out
         out.zero_()
         for k in range(len(self.segments)):
             out.addcmul_(self.distances(k, place, spare), self.weights[k], value=-1)
