@@ -14,8 +14,10 @@ import contextlib
 import ctypes
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -63,12 +65,17 @@ class Target:
 
 def pack_pictures(pictures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(H, W, 3) uint8 pictures -> (bytes,) buffer, (B,) offsets, (B, 2) heights and widths."""
+    if not isinstance(pictures, Iterable) or len(pictures) == 0:
+        got = "none" if isinstance(pictures, Iterable) else type(pictures).__name__
+        raise ValueError(f"pictures: expected at least one, as a list, got {got}")
     for place, picture in enumerate(pictures):
-        if picture.dtype != torch.uint8 or picture.dim() != 3 or picture.shape[2] != 3:
-            got = f"{tuple(picture.shape)} of {picture.dtype}"
-            raise ValueError(f"pictures[{place}]: expected (H, W, 3) of torch.uint8, got {got}")
-    if not pictures:
-        raise ValueError("pictures: expected at least one, got none")
+        if (
+            not isinstance(picture, Tensor)
+            or picture.dtype != torch.uint8
+            or picture.dim() != 3
+            or picture.shape[2] != 3
+        ):
+            raise ValueError(f"pictures[{place}]: expected (H, W, 3) of torch.uint8, got {_described(picture)}")
     ends = torch.tensor([picture.numel() for picture in pictures]).cumsum(0)
     sizes = torch.tensor([tuple(picture.shape[:2]) for picture in pictures])
     return torch.cat([picture.flatten() for picture in pictures]), torch.cat([ends.new_zeros(1), ends[:-1]]), sizes
@@ -102,7 +109,7 @@ def preprocess_images(
     `reference` (torch, any device, waits for it), `auto` the first that is available.
     """
     _check_tensors(pictures, offsets, sizes, boxes, flips, colours)
-    target = Target(size, tuple(mean), tuple(std), resample, dtype)
+    target = Target(size, _three("mean", mean), _three("std", std), resample, dtype)
     _check_target(target)
     boxes = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1) if boxes is None else boxes
     flips = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device) if flips is None else flips
@@ -284,12 +291,16 @@ def _is_kind(value: Tensor, kind: str) -> bool:
     return value.is_floating_point() if kind.startswith("a ") else value.dtype == getattr(torch, kind)
 
 
+def _three(name: str, values: Iterable[float]) -> tuple[float, float, float]:
+    found = tuple(values) if isinstance(values, Iterable) else ()
+    if len(found) != 3 or not all(isinstance(v, Real) and math.isfinite(v) for v in found):
+        raise ValueError(f"{name}: expected three finite numbers, one a colour, got {values!r}")
+    return found
+
+
 def _check_target(target: Target) -> None:
     if isinstance(target.size, bool) or not isinstance(target.size, int) or not 1 <= target.size <= LARGEST:
         raise ValueError(f"size: expected an output side of 1 to {LARGEST} pixels, got {target.size!r}")
-    for name, values in (("mean", target.mean), ("std", target.std)):
-        if len(values) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ValueError(f"{name}: expected three finite numbers, one a colour, got {values!r}")
     if min(target.std) <= 0:
         raise ValueError(f"std: expected three positive numbers, got {target.std!r}")
     if target.resample not in REACH:

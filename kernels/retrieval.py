@@ -6,6 +6,8 @@ does on a GPU, where it lists what it found. float64 is the chunked tiles' on ev
 neighbours. Indices are checked on a CPU; on a GPU one outside the gallery counts as padding.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,8 @@ def topk_neighbors(
     """
     query, gallery = _check(query_emb, gallery_emb)
     impl = choose_impl(impl, query.device)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(gallery):
-        raise ValueError(f"k: expected 1 to {len(gallery)}, the size of the gallery, got {k!r}")
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(gallery):
+        raise ValueError(f"k: expected an integer 1 to {len(gallery)}, the size of the gallery, got {k!r}")
     check_indices("exclude", exclude, len(query), len(gallery), query.device)
     impl = "chunked" if impl == "triton" and (query.dtype == torch.float64 or k > MOST) else impl
-    return _run("topk_neighbors", impl, query, gallery, k, exclude)
+    return _run("topk_neighbors", impl, query, gallery, int(k), exclude)

@@ -1,9 +1,11 @@
 """Every public function against every bad input of its kind, and the defined results at the edges of good ones."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from vlscale.kernels.checks import available_impls
+from vlscale.kernels.preprocess import pack_pictures, preprocess_images
 
 from tests.kernels import cases as k
 from vlscale.kernels import (
@@ -166,7 +168,34 @@ def test_choices():
 
 @pytest.mark.parametrize("amount", [7, 0, -1, True, 2.0, None])
 def test_neighbours_beyond_the_gallery(amount):
-    refused(f"k: expected 1 to 6, the size of the gallery, got {amount}", topk_neighbors, X, Y, amount)
+    refused(f"k: expected an integer 1 to 6, the size of the gallery, got {amount}", topk_neighbors, X, Y, amount)
+
+
+def test_neighbours_counted_by_numpy():
+    """A count out of an array is a count."""
+    assert topk_neighbors(X, Y, np.int64(2))[1].shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (None, "pictures: expected at least one, as a list, got NoneType"),
+        ([], "pictures: expected at least one, as a list, got none"),
+        ([[[1, 2, 3]]], r"pictures\[0\]: expected \(H, W, 3\) of torch.uint8, got list"),
+        ([torch.zeros(3, 5, 7)], r"pictures\[0\]: expected .*, got \(3, 5, 7\) of torch.float32"),
+    ],
+    ids=["none", "empty", "lists", "floats"],
+)
+def test_pictures_to_pack(pictures, message):
+    refused(message, pack_pictures, pictures)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("value", [0.5, None, (0.5, 0.5), ("1", "1", "1"), (1.0, 1.0, float("inf"))], ids=str)
+def test_means_and_deviations(name, value):
+    packed = pack_pictures([torch.zeros(5, 7, 3, dtype=torch.uint8)])
+    settings = {"size": 4, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} | {name: value}
+    refused(f"{name}: expected three finite numbers, one a colour, got", preprocess_images, *packed, **settings)
 
 
 @pytest.mark.parametrize("table", ["positives", "exclude"])

@@ -167,8 +167,8 @@ def test_nan_scores_come_last_for_ranks_and_never_hang(impl):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: topk_neighbors(QUERY, GALLERY, 6), "k: expected 1 to 5, the size of the gallery, got 6"),
-        (lambda: topk_neighbors(QUERY, GALLERY, 0), "k: expected 1 to 5"),
+        (lambda: topk_neighbors(QUERY, GALLERY, 6), "k: expected an integer 1 to 5, the size of the gallery, got 6"),
+        (lambda: topk_neighbors(QUERY, GALLERY, 0), "k: expected an integer 1 to 5"),
         (lambda: topk_neighbors(QUERY, torch.ones(5, 2), 1), "gallery_emb: expected width 1 as query_emb, got 2"),
         (
             lambda: retrieval_ranks(QUERY, GALLERY, torch.zeros(2, 1)),
