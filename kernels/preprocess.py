@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -65,16 +65,12 @@ class Target:
 
 def pack_pictures(pictures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(H, W, 3) uint8 pictures -> (bytes,) buffer, (B,) offsets, (B, 2) heights and widths."""
-    if not isinstance(pictures, Iterable) or len(pictures) == 0:
-        got = "none" if isinstance(pictures, Iterable) else type(pictures).__name__
+    if not isinstance(pictures, Sized) or len(pictures) == 0:
+        got = "none" if isinstance(pictures, Sized) else type(pictures).__name__
         raise ValueError(f"pictures: expected at least one, as a list, got {got}")
     for place, picture in enumerate(pictures):
-        if (
-            not isinstance(picture, Tensor)
-            or picture.dtype != torch.uint8
-            or picture.dim() != 3
-            or picture.shape[2] != 3
-        ):
+        as_kind = isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.dim() == 3
+        if not as_kind or picture.shape[2] != 3:
             raise ValueError(f"pictures[{place}]: expected (H, W, 3) of torch.uint8, got {_described(picture)}")
     ends = torch.tensor([picture.numel() for picture in pictures]).cumsum(0)
     sizes = torch.tensor([tuple(picture.shape[:2]) for picture in pictures])

@@ -180,11 +180,12 @@ def test_neighbours_counted_by_numpy():
     ("pictures", "message"),
     [
         (None, "pictures: expected at least one, as a list, got NoneType"),
+        ((p for p in [X]), "pictures: expected at least one, as a list, got generator"),
         ([], "pictures: expected at least one, as a list, got none"),
         ([[[1, 2, 3]]], r"pictures\[0\]: expected \(H, W, 3\) of torch.uint8, got list"),
         ([torch.zeros(3, 5, 7)], r"pictures\[0\]: expected .*, got \(3, 5, 7\) of torch.float32"),
     ],
-    ids=["none", "empty", "lists", "floats"],
+    ids=["none", "generator", "empty", "lists", "floats"],
 )
 def test_pictures_to_pack(pictures, message):
     refused(message, pack_pictures, pictures)
