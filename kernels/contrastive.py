@@ -201,7 +201,7 @@ def contrastive_loss(
     check_embeddings("image_emb", image_emb)
     check_embeddings("text_emb", text_emb)
     check_same("text_emb", text_emb, "image_emb", image_emb)
-    check_pair_id(pair_id, len(image_emb), image_emb.device)
+    check_pair_id(pair_id, image_emb.shape[0], image_emb.device)
     dtype = compute_dtype(image_emb)
     scale = as_scalar("logit_scale", logit_scale, image_emb, dtype, positive=True)
     impl = choose_impl(impl, image_emb.device)

@@ -209,7 +209,7 @@ def relation_kl_loss(
     teacher_tau = as_scalar("teacher_temperature", teacher_temperature, student_emb, dtype, positive=True)
     student_weight, weights = student_tau.reciprocal(), as_logit_weights(teacher_weights, teachers, teacher_tau)
     impl = choose_impl(impl, student_emb.device)
-    if len(student_emb) <= 2:
+    if student_emb.shape[0] <= 2:
         parts = [student_emb, *teachers, student_weight, weights]
         return torch.stack([0 * part.to(dtype).sum() for part in parts]).sum()
     if impl == "reference":

@@ -138,7 +138,7 @@ forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def _mse(emb: list[Tensor], weights: Tensor, widths: list[int]) -> Tensor:
-    n = len(emb[0])
+    n = emb[0].shape[0]
     joined = torch.cat([e.double() for e in emb], 1)
     spread = torch.cat([w.expand(width) for w, width in zip(weights.double(), widths, strict=True)])
     total = tiles.relation_mse_total(joined, spread, tiles.relation_gram(joined))
@@ -167,7 +167,7 @@ def relation_match_loss(
     tau = as_scalar("temperature", temperature, student_emb, dtype, positive=True)
     student_weight, weights = tau.reciprocal().reshape(1), as_logit_weights(teacher_weights, teachers, tau)
     impl = choose_impl(impl, student_emb.device)
-    if len(student_emb) == 1:
+    if student_emb.shape[0] == 1:
         parts = [student_emb, *teachers, student_weight, weights]
         return torch.stack([0 * part.to(dtype).sum() for part in parts]).sum()
     widths = [t.shape[1] for t in teachers]

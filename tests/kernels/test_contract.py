@@ -94,6 +94,20 @@ def test_meta_tensors(loss, impl):
     assert all(g.is_meta and g.shape == X.shape for g in gradients)
 
 
+@every_loss
+def test_export_of_any_number_of_pairs(loss):
+    """Traced without dynamo, where len() of a tensor would fix its number."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, y):
+            return loss(x, y, "auto")
+
+    pairs = torch.export.Dim("pairs", min=3)
+    exported = torch.export.export(Loss(), (X, Y), dynamic_shapes={"x": {0: pairs}, "y": {0: pairs}})
+    for n in (3, 5):
+        torch.testing.assert_close(exported.module()(X[:n], Y[:n]), loss(X[:n], Y[:n], "auto"))
+
+
 def under_checkpoint(loss, impl, reentrant):
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
     value = checkpoint(lambda a, b: loss(a, b, impl), x, y, use_reentrant=reentrant)
