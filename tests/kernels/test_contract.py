@@ -85,6 +85,19 @@ def test_forward_mode_is_made_or_refused_never_zero(name, impl, transform):
         transform(along, (X,), (Y,))
 
 
+@pytest.mark.parametrize(("name", "impl"), FORWARD)
+def test_functional_gradients_are_right_or_refused(name, impl):
+    def function(x):
+        return LOSSES[name](x, Y, impl)
+
+    if impl == "reference":
+        truth = value_and_grads(LOSSES[name], X, Y, impl)[1]
+        torch.testing.assert_close(torch.func.grad(function)(X), truth)
+        return
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(function)(X)
+
+
 @every_loss
 @pytest.mark.parametrize("impl", ["reference", "chunked", "auto"])
 def test_meta_tensors(loss, impl):
