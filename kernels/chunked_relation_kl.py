@@ -166,7 +166,7 @@ def relation_kl_terms(sums: Tensor) -> Tensor:
     rs, rt, difference, drift, curved = sums.double()
     ratio = difference / rt
     near = curved / rt - (ratio - ratio.log1p())
-    return torch.where(ratio.abs() < NEAR, near, drift / rt + (rs / rt).log())
+    return torch.where(ratio.abs() < NEAR, near, drift / rt + (rs.log() - rt.log()))
 
 
 def relation_kl_coefficients(sums: Tensor) -> Tensor:

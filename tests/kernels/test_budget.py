@@ -149,6 +149,16 @@ def test_relation_kl_of_embeddings_that_nobody_normalised(small_tiles, scope, re
     k.check_budget(student_alone(case), "chunked", torch.float32, floor=2e-6)
 
 
+@pytest.mark.parametrize("tau", [(0.001, 0.07), (0.07, 0.001), (0.001, 0.001), (0.0001, 1.0)])
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_relation_kl_in_float64_of_sums_far_apart(tau, scope):
+    """One constant reaches over e^1000: the student's sum over the teacher's is not finite, their logarithms are."""
+    x, z = k.embeddings("random", 65, 8)
+    case = student_alone(k.kl_case(x, [z], [1.0], tau, scope=scope))
+    truth, got = (case.run(impl) for impl in ("reference", "chunked"))
+    assert all(k.relative(got[name], truth[name]) < 1e-11 for name in truth)
+
+
 def student_alone(whole: k.Case) -> k.Case:
     """The gradients of everything else are nearly 0 where rows are decided."""
     fixed = {name: value for name, value in whole.inputs.items() if name != "x"}
