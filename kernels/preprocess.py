@@ -72,8 +72,8 @@ def pack_pictures(pictures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         as_kind = isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.dim() == 3
         if not as_kind or picture.shape[2] != 3:
             raise ValueError(f"pictures[{place}]: expected (H, W, 3) of torch.uint8, got {_described(picture)}")
-    ends = torch.tensor([picture.numel() for picture in pictures]).cumsum(0)
-    sizes = torch.tensor([tuple(picture.shape[:2]) for picture in pictures])
+    ends = torch.tensor([picture.numel() for picture in pictures], device="cpu").cumsum(0)
+    sizes = torch.tensor([tuple(picture.shape[:2]) for picture in pictures], device="cpu")
     return torch.cat([picture.flatten() for picture in pictures]), torch.cat([ends.new_zeros(1), ends[:-1]]), sizes
 
 
@@ -125,10 +125,11 @@ def resize_weights(start: float, length: float, pixels: int, size: int, resample
     scale = length / size
     stretch = max(scale, 1.0)
     reach = REACH[resample] * stretch
-    centres = start + (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
+    exact = {"dtype": torch.float64, "device": "cpu"}
+    centres = start + (torch.arange(size, **exact)[:, None] + 0.5) * scale
     first = (centres - reach + 0.5).floor().clamp_min(low)
     end = (centres + reach + 0.5).floor().clamp_max(high)
-    taps = first + torch.arange(math.ceil(2 * reach) + 1, dtype=torch.float64)
+    taps = first + torch.arange(math.ceil(2 * reach) + 1, **exact)
     x = ((taps + 0.5 - centres) / stretch).abs()
     if resample == BILINEAR:
         weights = (1 - x).clamp_min(0)
@@ -138,7 +139,7 @@ def resize_weights(start: float, length: float, pixels: int, size: int, resample
     weights = weights * (taps < end)
     weights = weights / weights.sum(1, keepdim=True)
     places = (taps - low).long().clamp_max(high - low - 1)  # taps past the end have weight 0
-    return low, torch.zeros(size, high - low, dtype=torch.float64).scatter_add_(1, places, weights)
+    return low, torch.zeros(size, high - low, **exact).scatter_add_(1, places, weights)
 
 
 def weighted(weights: Tensor, lines: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def weighted(weights: Tensor, lines: Tensor) -> Tensor:
 def reference(packed: Packed, target: Target) -> Tensor:
     """The definition, a picture at a time, in float32 products; descriptions on the CPU."""
     device, side = packed.pictures.device, target.size
-    out = torch.empty(len(packed.sizes), 3, side, side, device=device)
+    out = torch.empty(len(packed.sizes), 3, side, side, dtype=torch.float32, device=device)
     described = zip(*(t.tolist() for t in (packed.offsets, packed.sizes, packed.boxes, packed.flips)), strict=True)
     for place, (offset, (height, width), (left, top, box_width, box_height), flip) in enumerate(described):
         picture = packed.pictures[offset : offset + 3 * height * width].view(height, width, 3)

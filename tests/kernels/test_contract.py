@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from vlscale.kernels.checks import available_impls
+from vlscale.kernels.preprocess import pack_pictures, preprocess_images
 
 import vlscale.kernels as kernels
 from tests.kernels import cases as k
@@ -15,6 +16,8 @@ from vlscale.kernels import contrastive_loss, relation_kl_loss, relation_match_l
 IMPLS = available_impls(torch.device("cpu"))  # triton's interpreter among them, where triton is
 BLOCKWISE = [impl for impl in IMPLS if impl != "reference"]
 X, Y = (v.float() for v in k.embeddings("random", 6, 4))
+ID = torch.arange(6)
+PICTURE = torch.arange(8 * 9 * 3, dtype=torch.uint8).view(8, 9, 3)
 
 LOSSES = {
     "contrastive": lambda x, y, impl: contrastive_loss(x, y, 10.0, impl=impl),
@@ -119,6 +122,41 @@ def test_export_of_any_number_of_pairs(loss):
     exported = torch.export.export(Loss(), (X, Y), dynamic_shapes={"x": {0: pairs}, "y": {0: pairs}})
     for n in (3, 5):
         torch.testing.assert_close(exported.module()(X[:n], Y[:n]), loss(X[:n], Y[:n], "auto"))
+
+
+def everything() -> list[torch.Tensor]:
+    losses = [
+        v for impl in ("reference", "chunked") for loss in LOSSES.values() for v in value_and_grads(loss, X, Y, impl)
+    ]
+    found = [
+        part
+        for impl in ("reference", "chunked")
+        for part in (
+            *kernels.retrieval_ranks(X, Y, ID[:, None], impl=impl),
+            *kernels.topk_neighbors(X, Y, 3, exclude=ID[:, None], impl=impl),
+        )
+    ]
+    packed = pack_pictures([PICTURE, PICTURE[:5]])
+    colours = torch.tensor([[[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, 0]]] * 2, dtype=torch.float32, device="cpu")
+    batch = preprocess_images(*packed, colours=colours, size=7, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    return [*losses, *found, *packed, batch]
+
+
+def test_defaults_of_the_process_change_nothing():
+    """Somebody's default dtype or device reaches no intermediate result."""
+    plain = everything()
+    for change, back in (
+        (lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
+    ):
+        change()
+        try:
+            changed = everything()
+        finally:
+            back()
+        for a, b in zip(changed, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def under_checkpoint(loss, impl, reentrant):
@@ -270,7 +308,6 @@ def test_one_teacher_as_tensor_or_list_and_learnable_scalars_as_floats():
     torch.testing.assert_close(kl(X, Y.double(), teacher_temperature=torch.tensor([0.1])).float(), alone)
 
 
-ID = torch.arange(6)
 BAD = {
     "shape": (lambda: contrastive_loss(X, Y[:5], 1.0), r"text_emb: expected shape \(6, 4\).*got \(5, 4\)"),
     "dtype": (lambda: contrastive_loss(X, Y.double(), 1.0), "text_emb: expected dtype torch.float32.*torch.float64"),
