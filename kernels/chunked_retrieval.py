@@ -8,6 +8,7 @@ remainder for BLAS's inner kernels: at 4096 gallery rows, or for 3 queries, floa
 import torch
 from torch import Tensor
 
+from .checks import compute_dtype
 from .chunked import spans
 
 QUERIES = 2560  # at most in one product; blocks of queries are of equal size, so that the last one is no waste
@@ -19,7 +20,10 @@ PENDING = 1 << 20  # newcomers that may wait for their order
 
 
 class Scorer:
-    """Scores of one block of queries against any gallery rows, always computed BLOCK rows at a time."""
+    """Scores of one block of queries against any gallery rows, always computed BLOCK rows at a time.
+
+    Embeddings of 16 bits are widened by the block: a gallery may be most of what memory holds.
+    """
 
     def __init__(self, query: Tensor, gallery: Tensor):
         rows = self.rows = max(1, -(-len(query) // max(1, -(-len(query) // QUERIES))))
@@ -27,9 +31,10 @@ class Scorer:
         padded = max(2, 1 << (rows - 1).bit_length()) if self.few else rows + -rows % 16
         blocks = min(max(1, TILE // (padded * BLOCK)), -(-len(gallery) // BLOCK))
         self.gallery, self.width, self.count = gallery, blocks * BLOCK, 0
-        self.query = query.new_zeros(padded, query.shape[1])
-        self.filler = gallery.new_zeros(BLOCK, gallery.shape[1])
-        self.scores = query.new_empty(padded, self.width)
+        dtype = compute_dtype(query)
+        self.query = query.new_zeros(padded, query.shape[1], dtype=dtype)
+        self.filler = gallery.new_zeros(BLOCK, gallery.shape[1], dtype=dtype)
+        self.scores = query.new_empty(padded, self.width, dtype=dtype)
 
     def load(self, query: Tensor) -> None:
         self.count = len(query)
@@ -39,7 +44,7 @@ class Scorer:
         """(queries, rows) scores; at most `width` rows."""
         for first, last in spans(0, len(rows), BLOCK):
             block = rows[first:last]
-            if len(block) < BLOCK:
+            if len(block) < BLOCK or block.dtype != self.filler.dtype:
                 self.filler[: len(block)] = block
                 block = self.filler
             out = self.scores[:, first : first + BLOCK]
@@ -114,7 +119,7 @@ def retrieval_ranks(
 
 def topk_neighbors(query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
     """(scores, indices), each (Q, k); see vlscale.kernels.topk_neighbors."""
-    scores = query.new_empty(len(query), k)
+    scores = query.new_empty(len(query), k, dtype=compute_dtype(query))
     indices = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     scorer = Scorer(query, gallery)
     for i in spans(0, len(query), scorer.rows):

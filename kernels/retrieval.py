@@ -27,15 +27,16 @@ def _check(query_emb: Tensor, gallery_emb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run(name: str, impl: str, query: Tensor, gallery: Tensor, *arguments):
-    """The function of that name in the implementation's module; Triton takes narrow embeddings as they are."""
+    """The function of that name in the implementation's module; only `reference` has narrow embeddings widened at once."""
     with without_autocast(query.device):
         if impl == "triton":
             from . import triton_retrieval
 
             return getattr(triton_retrieval, name)(query, gallery, *arguments)
-        dtype = compute_dtype(query)
-        module = reference if impl == "reference" else tiles
-        return getattr(module, name)(query.to(dtype), gallery.to(dtype), *arguments)
+        if impl == "reference":
+            dtype = compute_dtype(query)
+            return getattr(reference, name)(query.to(dtype), gallery.to(dtype), *arguments)
+        return getattr(tiles, name)(query, gallery, *arguments)
 
 
 @torch.no_grad()

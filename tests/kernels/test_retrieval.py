@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.kernels import cases as k
+from tests.kernels.live_bytes import LiveBytes
 from vlscale.kernels import chunked_retrieval, retrieval_ranks, topk_neighbors
 
 IMPLS = ["reference", "chunked", *(["triton"] if find_spec("triton") else [])]
@@ -70,6 +71,19 @@ def same_as_reference(query, gallery, sizes, impl, positives=None, exclude=None)
         truth, got = (neighbours(query, gallery, size, exclude, i) for i in ("reference", impl))
         torch.testing.assert_close(got[0], truth[0], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(got[1], truth[1]), size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [3, 60])
+@pytest.mark.parametrize("call", ["ranks", "neighbours"])
+def test_a_gallery_of_16_bits_is_widened_block_by_block(ragged, dtype, queries, call):
+    """One of a hundred million rows has no room beside it for a float32 copy."""
+    query, gallery = (torch.randint(-2, 3, (n, 64)).to(dtype) for n in (queries, 20000))
+    own = torch.arange(queries)[:, None]
+    with LiveBytes(query, gallery, own) as seen:
+        retrieval_ranks(query, gallery, own) if call == "ranks" else topk_neighbors(query, gallery, 5, exclude=own)
+    assert seen.peak < gallery.numel()  # bytes: a quarter of the copy
+    same_as_reference(query, gallery, (5,), "chunked", own, own + 100)
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
