@@ -27,7 +27,7 @@ def _check(query_emb: Tensor, gallery_emb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run(name: str, impl: str, query: Tensor, gallery: Tensor, *arguments):
-    """The function of that name in the implementation's module; only `reference` has narrow embeddings widened at once."""
+    """The function of that name in the implementation's module; `reference` alone takes widened embeddings."""
     with without_autocast(query.device):
         if impl == "triton":
             from . import triton_retrieval
