@@ -1,7 +1,7 @@
 """Runs a kernel's PTX, what Triton's compiler made of it, with numpy: layouts, masks, pipelines, barriers as compiled.
 
-A block's threads run in units, warps or (for `wgmma`) groups of four warps; instructions of a unit in lock step, units
-one after another between barriers, in a shuffled order. What is asynchronous (`cp.async`, `wgmma`) happens only when it
+A block's threads run in units, of four warps where `wgmma` wants them, else of fewer; a unit in lock step, units one
+after another between barriers, in a shuffled order. What is asynchronous (`cp.async`, `wgmma`) happens only when it
 is waited for, or, with `late=False`, at once: code that is right gives the same bits both ways. Shared memory starts as
 NaN, a register that nothing wrote is an error, and so is an address outside the tensors. No time is told, and the order
 of memory is no weaker than that.
@@ -191,10 +191,11 @@ class Machine:
         for self.block in blocks:
             self.shared = Memory(self.shared_bytes)
             self.shared.allowed[:] = True
-            self.run_block()
+            with np.errstate(all="ignore"):
+                self.run_block()
 
     def run_block(self) -> None:
-        size = 128 if self.program.grouped else 32
+        size = 128 if self.program.grouped else max(32, min(128, self.program.threads // 4))
         units = [Unit(np.arange(first, first + size)) for first in range(0, self.program.threads, size)]
         while running := [unit for unit in units if not unit.done]:
             self.shuffled.shuffle(running)
