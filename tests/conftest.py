@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Files that take a worker longest, in that order: what begins last ends last, and the other worker would wait for it.
 LONGEST = ["test_recipes", "train/test_launch", "train/test_plan_over_ranks", "train/test_meta_launch"]
-LONGEST += ["train/test_ten_steps", "kernels/test_compiled", "failures/test_two_ranks", "kernels/test_triton_relation", "train/test_plan"]
+LONGEST += ["train/test_ten_steps", "failures/test_two_ranks", "kernels/test_triton_relation", "train/test_plan"]
+LONGEST += ["kernels/test_compiled"]
 LONGEST += ["test_method_resume", "kernels/test_triton", "objectives/test_over_ranks", "test_method_study"]
 LONGEST += ["train/test_fusion_launch", "train/test_diagnostics", "train/test_start", "train/test_accumulate"]
 LONGEST += ["test_bench_kernels", "test_docs", "train/test_fused_over_ranks", "kernels/test_triton_memory"]
