@@ -4,8 +4,8 @@ N pairs, D width. Values are checked for Python floats only: looking into a tens
 """
 
 import importlib.util
-import math
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +43,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
@@ -54,6 +54,8 @@ def check_embeddings(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected shape (N, D), got {tuple(value.shape)}")
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {value.layout}; .to_dense() makes one")
     if value.shape[0] == 0 or value.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(value.shape)}")
 
@@ -124,18 +126,39 @@ def as_scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype
             raise ValueError(f"{name}: expected one floating value, got {tuple(value.shape)} of {value.dtype}")
         check_device(name, value, like.device)
         return value.reshape(()).to(dtype)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    value = _plain(value)
+    if not _is_number(value):
         raise ValueError(f"{name}: expected a float or a 0-d tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not _is_finite(value) or (positive and value <= 0):
         raise ValueError(f"{name}: expected a finite {'positive ' if positive else ''}number, got {value}")
     return torch.full((), float(value), dtype=dtype, device=like.device)
+
+
+def _plain(value: object) -> object:
+    """A number of numpy's as Python's."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    """Of integers too that no float holds."""
+    return abs(value) <= sys.float_info.max
+
+
+def _told(value: object) -> str:
+    """A list as it is where it is short, else its type."""
+    shown = repr(value)
+    return shown if isinstance(value, list | tuple) and len(shown) <= 80 and "\n" not in shown else type(value).__name__
 
 
 def as_teachers(student: Tensor, teacher_embs: Tensor | list[Tensor]) -> list[Tensor]:
     """The teachers as a list, each (N, D_k) on the student's device; their dtype and width are their own."""
     teachers = [teacher_embs] if isinstance(teacher_embs, Tensor) else teacher_embs
     if not isinstance(teachers, list | tuple) or not teachers:
-        raise ValueError(f"teacher_embs: expected a tensor or a non-empty list of tensors, got {teacher_embs!r}")
+        raise ValueError(f"teacher_embs: expected a tensor or a non-empty list of tensors, got {_told(teacher_embs)}")
     for k, teacher in enumerate(teachers):
         name = f"teacher_embs[{k}]"
         check_embeddings(name, teacher)
@@ -161,18 +184,16 @@ def as_weights(weights: Tensor | list[float] | None, teachers: list[Tensor], dty
         if len(teachers) > 1:
             raise ValueError(f"teacher_weights: expected {len(teachers)} weights for as many teachers, got None")
         return torch.ones(1, dtype=dtype, device=device)
+    if isinstance(weights, list | tuple):
+        weights = [_plain(w) for w in weights]
     if isinstance(weights, Tensor):
         if not weights.is_floating_point():
             raise ValueError(f"teacher_weights: expected a floating dtype, got {weights.dtype}")
         check_device("teacher_weights", weights, device)
-    elif (
-        isinstance(weights, list | tuple)
-        and weights
-        and all(isinstance(w, int | float) and math.isfinite(w) for w in weights)
-    ):
+    elif isinstance(weights, list | tuple) and weights and all(_is_number(w) and _is_finite(w) for w in weights):
         weights = torch.stack([torch.full((), float(w), dtype=dtype, device=device) for w in weights])
     else:
-        raise ValueError(f"teacher_weights: expected a tensor (K,) or a list of finite floats, got {weights!r}")
+        raise ValueError(f"teacher_weights: expected a tensor (K,) or a list of finite floats, got {_told(weights)}")
     if tuple(weights.shape) != (len(teachers),):
         raise ValueError(f"teacher_weights: expected shape ({len(teachers)},), got {tuple(weights.shape)}")
     return weights.to(dtype)

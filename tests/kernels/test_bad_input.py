@@ -275,3 +275,46 @@ def test_identical_rows_and_ids_all_equal(impl):
     above, tied, level = retrieval_ranks(same, same, ID[:, None], impl=impl)
     assert not above.any() and (tied == 5).all() and (level == 1).all()
     assert topk_neighbors(same, same, 6, impl=impl)[1].tolist() == [list(range(6))] * 6
+
+
+OTHERS = {
+    "a sparse tensor": (
+        "contrastive",
+        (X.to_sparse(), Y),
+        {},
+        "image_emb: expected a dense tensor, got torch.sparse_coo",
+    ),
+    "an array of scopes": ("relation_kl", (X, Y), {"scope": np.array(["row"])}, "scope: expected one of row, matrix"),
+    "no float holds it": (
+        "contrastive",
+        (X, Y),
+        {"logit_scale": 10**400},
+        "logit_scale: expected a finite .* got 1000",
+    ),
+    "true as a weight": ("relation_match", (X, Y), {"teacher_weights": [True]}, r"teacher_weights: .* got \[True\]"),
+    "a large weight": ("relation_match", (X, Y), {"teacher_weights": [10**400]}, "teacher_weights: .* got list"),
+}
+
+
+@pytest.mark.parametrize(("name", "given", "settings", "message"), OTHERS.values(), ids=OTHERS.keys())
+def test_what_else_is_refused(name, given, settings, message):
+    refused(message, FUNCTIONS[name][0], *given, **settings)
+
+
+@pytest.mark.parametrize("teachers", [{"a": X}, X.numpy()], ids=["dict", "array"])
+def test_teachers_that_are_no_list_are_named(teachers):
+    got = type(teachers).__name__
+    refused(
+        f"teacher_embs: expected a tensor or a non-empty list of tensors, got {got}",
+        relation_kl_loss,
+        X,
+        teachers,
+        **TAUS,
+    )
+
+
+def test_numbers_of_numpy_are_numbers():
+    for kind in (np.float32, np.float64, np.int64):
+        assert torch.equal(contrastive_loss(X, Y, kind(10)), contrastive_loss(X, Y, 10.0))
+        weighted = (relation_match_loss(X, [Y], [w], temperature=0.1) for w in (kind(2), 2.0))
+        torch.testing.assert_close(*weighted)
