@@ -259,6 +259,15 @@ def test_accuracy_compares_all_entries_with_float64(tmp_path):
     assert "missing: Triton kernels need a CUDA device" in (tmp_path / "accuracy.md").read_text()
 
 
+def test_what_the_definition_itself_loses_is_not_compared(tmp_path):
+    """At scale 100 the other pairs of converged ones weigh 1e-20 of their own, and 1 - p is 0 in float64."""
+    given = [*SMALL, "--pairs", "300", "--widths", "64", "--families", "contrastive"]
+    assert bench.main(["--accuracy", "--out", str(tmp_path), *given]) == 0
+    compared = {row["regime"] for row in rows_of(tmp_path, "accuracy.csv") if row["error"]}
+    assert compared == {"random", "cone"}
+    assert "converged, scale 100: the definition is rounding in float64" in (tmp_path / "accuracy.md").read_text()
+
+
 def test_pictures_are_compared_with_torch_s_own_resize(tmp_path):
     assert bench.main(["--pictures", "--out", str(tmp_path), "--device", "cpu", "--batch", "2", "--rounds", "2"]) == 0
     (row,) = (row for row in rows_of(tmp_path, "pictures.csv") if row["entry"] == "vlscale reference")
