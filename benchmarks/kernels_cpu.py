@@ -3,7 +3,7 @@
     python benchmarks/kernels_cpu.py [--pairs 16384] [--width 256] [--repeats 5] [--threads 2] [--families contrastive]
 
 Each pair of variants runs alternately in one process (median of the repeats, forward + backward); memory is the growth
-of the peak resident set of a fresh process that runs one variant once, less its gradients. Dense contrastive is
+of the peak resident set of a process that runs one variant once, less its gradients (median of three). Dense contrastive is
 open_clip's ClipLoss on one rank: two products, two cross-entropies. A third comparison is topk_neighbors against
 faiss-cpu's flat index where that is installed, else against the bare product it is made of. Writes
 benchmarks/results/DATE-kernels-cpu-FAMILIES.json and .md.
@@ -105,9 +105,11 @@ def extra_memory(name: str, pairs: int, width: int) -> float:
 
 
 def extra_memory_elsewhere(name: str, arguments: argparse.Namespace) -> float:
+    """The median of three processes: what an allocator keeps differs by tens of megabytes from one to the next."""
     command = [sys.executable, __file__, "--memory-of", name, "--pairs", str(arguments.pairs)]
     command += ["--width", str(arguments.width), "--threads", str(arguments.threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    runs = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3))
+    return statistics.median(map(float, runs))
 
 
 def neighbour_calls(queries: int, gallery: int, width: int) -> dict[str, Callable[[], object]]:
