@@ -3,9 +3,9 @@
     python benchmarks/kernels_cpu.py [--pairs 16384] [--width 256] [--repeats 5] [--threads 2] [--families contrastive]
 
 Each pair of variants runs alternately in one process (median of the repeats, forward + backward); memory is the growth
-of the peak resident set of a process that runs one variant once, less its gradients (median of three). Dense contrastive is
-open_clip's ClipLoss on one rank: two products, two cross-entropies. A third comparison is topk_neighbors against
-faiss-cpu's flat index where that is installed, else against the bare product it is made of. Writes
+of the peak resident set of a process that runs one variant once, less its gradients (median of three). Dense
+contrastive is open_clip's ClipLoss on one rank: two products, two cross-entropies. A third comparison is topk_neighbors
+against faiss-cpu's flat index where that is installed, else against the bare product it is made of. Writes
 benchmarks/results/DATE-kernels-cpu-FAMILIES.json and .md.
 """
 
