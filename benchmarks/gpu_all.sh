@@ -5,7 +5,8 @@
 # in FOLDER (runs/gpu); where OUT names a folder, gpu_all.tar.gz of it, summary and tables come there too. Each part
 # has its own limit; one that fails or runs out is reported and the others go on. Needs python3 with torch, triton, numpy,
 # pytest and matplotlib; peers that are not installed are named in the tables. COMMIT says what is measured where there is
-# no git. The same call later goes on with the times. --cpu-smoke: the same parts, tiny, without a GPU.
+# no git. The same call later goes on with the times. --cpu-smoke: the same parts, tiny, without a GPU. Tile sizes for
+# the GPU come from `vlscale bench tune`; with VLSCALE_TILES the same call measures them.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -82,8 +83,8 @@ if [ -n "$smoke" ]; then
   small=(--accuracy --device cpu --pairs 65 --widths 16 --scales 100 --without compiled)
 else
   # What runs on the device; the others prove the CPU's forms. Compiling keeps every core busy.
-  tests=(tests/kernels/test_{triton,triton_fused,triton_relation,triton_host,triton_regimes,retrieval,preprocess}.py -v
-    --durations=15)
+  tests=(tests/kernels/test_{triton,triton_fused,triton_kept,triton_relation,triton_host,triton_regimes}.py
+    tests/kernels/test_{retrieval,preprocess}.py -v --durations=15)
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n 8 --dist load)
   size=(--device cuda)
   families=(contrastive sigmoid relation_kl relation_mae relation_mse)  # the others: kernels_bench.py by itself
