@@ -123,6 +123,15 @@ CASES: dict[str, Callable[[], tuple[Outputs, Outputs]]] = {
     "relation_mae": mae,
     "retrieval": retrieval,
 }
+WAVES = ", waves of one tile"
+for name in (
+    "contrastive, waves",
+    "sigmoid, ids",
+    "relation_kl, frozen teacher",
+    "relation_kl, euclidean",
+    "relation_mae",
+):
+    CASES[name + WAVES] = CASES[name]
 
 
 def main() -> None:
@@ -132,7 +141,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     given = parser.parse_args()
     for name in given.only:
-        with compiled_for(given.arch, late=not given.at_once) as launcher:
+        with compiled_for(given.arch, late=not given.at_once, small_waves=name.endswith(WAVES)) as launcher:
             got, truth = CASES[name]()
         errors = {key: k.relative(got[key], exact) for key, exact in truth.items()}
         print(json.dumps({"case": name, "errors": errors, "kernels": launcher.kernels}), flush=True)

@@ -173,18 +173,20 @@ def parse(text: str) -> Program:
 
 
 class Machine:
-    """One launch of a program."""
+    """A program that may be launched again and again."""
 
-    def __init__(self, program: Program, shared_bytes: int, arena: Arena, arguments: list[int], late: bool, seed: int):
+    def __init__(self, program: Program, shared_bytes: int, late: bool, seed: int):
         from tests.kernels.ptx_instructions import compile_instruction
 
-        self.program, self.arena, self.arguments, self.late = program, arena, arguments, late
+        self.program, self.late = program, late
+        self.arena, self.arguments = Arena([]), []
         self.shared_bytes, self.shuffled = shared_bytes, random.Random(seed)
         self.shared = Memory(0)
         self.block = self.grid = (0, 0, 0)
         self.steps = [compile_instruction(self, *given) for given in program.instructions]
 
-    def run(self, grid: tuple[int, int, int]) -> None:
+    def run(self, grid: tuple[int, int, int], arena: Arena, arguments: list[int]) -> None:
+        self.arena, self.arguments = arena, arguments
         blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         self.shuffled.shuffle(blocks)
         self.grid = grid

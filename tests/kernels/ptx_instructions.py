@@ -75,8 +75,12 @@ def memory(machine, name: str, rest: list[str], operands: list[str], mask_of) ->
     many = next((int(part[1:]) for part in rest if re.fullmatch(r"v\d", part)), 1)
     if rest[0] == "param":
         at = getter(machine, operands[1].strip("[] "), np.dtype("u8"))
-        values = np.array([value & (2 ** (8 * width) - 1) for value in machine.arguments], dtype=f"u{width}").view(raw)
-        return lambda unit: put(unit, operands[0], values[at(unit)], mask_of(unit))
+
+        def load_parameter(unit) -> None:
+            bits = [value & (2 ** (8 * width) - 1) for value in machine.arguments]
+            put(unit, operands[0], np.array(bits, dtype=f"u{width}").view(raw)[at(unit)], mask_of(unit))
+
+        return load_parameter
     space = (lambda: machine.shared) if rest[0].startswith("shared") else (lambda: machine.arena)
     where = address(machine, operands[0] if name == "st" else operands[1])
     if name == "st":

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,23 +53,23 @@ class Launcher:
         key = kernel.fn.__name__, tuple(found.items()), tuple(options.items())
         if key not in self.programs:
             self.programs[key] = self.compile(kernel, found, options)
-        program, shared = self.programs[key]
+        machine = self.programs[key]
         passed = [given[name] for name, (kind, *_) in found.items() if kind != "constexpr"]
         arena = Arena([value for value in passed if isinstance(value, torch.Tensor)])
         bits = [arena.address(v) if isinstance(v, torch.Tensor) else as_bits(v) for v in passed]
-        bits += [0] * (len(program.parameters) - len(bits))  # Triton's own, for scratch memory
+        bits += [0] * (len(machine.program.parameters) - len(bits))  # Triton's own, for scratch memory
         size = (*grid, 1, 1)[:3] if isinstance(grid, tuple) else grid
-        Machine(program, shared, arena, bits, self.late, self.seed).run(size)
+        machine.run(size, arena, bits)
         arena.copy_back()
         self.kernels[kernel.fn.__name__] = self.kernels.get(kernel.fn.__name__, 0) + 1
 
-    def compile(self, kernel: JITFunction, found: dict[str, Found], options: dict):
+    def compile(self, kernel: JITFunction, found: dict[str, Found], options: dict) -> Machine:
         signature = {name: kind for name, (kind, _, _) in found.items()}
         constants = {name: value for name, (kind, value, _) in found.items() if kind == "constexpr"}
         divided = {(p,): [["tt.divisibility", 16]] for p, (_, _, whole) in enumerate(found.values()) if whole}
         source = ASTSource(kernel, signature, constants, divided)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
-        return parse(compiled.asm["ptx"]), compiled.metadata.shared
+        return Machine(parse(compiled.asm["ptx"]), compiled.metadata.shared, self.late, self.seed)
 
 
 def as_bits(value: float | int) -> int:
@@ -76,14 +77,17 @@ def as_bits(value: float | int) -> int:
 
 
 @contextmanager
-def compiled_for(arch: int, *, late: bool = True, seed: int = 0) -> Iterator[Launcher]:
-    """Within, CPU tensors are served by the kernels and tiles of compute capability `arch` (80, 90)."""
+def compiled_for(arch: int, *, late: bool = True, seed: int = 0, small_waves: bool = False) -> Iterator[Launcher]:
+    """Within, CPU tensors are served by the kernels and tiles of compute capability `arch` (80, 90); waves of one tile
+    are a large problem's many."""
     from vlscale.kernels import checks, triton_tiles
 
     launcher = Launcher(arch, late, seed)
 
     def choose(x, work, launch=None):
-        return triton_tiles.config_for(x.dtype, arch // 10, work)
+        config = triton_tiles.config_for(x.dtype, arch // 10, work)
+        one = {"wave_rows": config.block_m, "wave_columns": config.block_n, "splits": 1}
+        return replace(config, **one) if small_waves else config
 
     def fused(x):
         if x.dtype not in triton_tiles.HALF:

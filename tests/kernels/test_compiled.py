@@ -20,10 +20,10 @@ from tests.kernels.ptx import Arena, Machine, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [
-    "contrastive, fused", "contrastive, waves", "contrastive, ids", "contrastive, maxima", "contrastive, kept",
-    "contrastive, second order", "sigmoid", "sigmoid, ids", "relation_kl", "relation_kl, frozen teacher",
-    "relation_kl, two teachers", "relation_kl, euclidean", "relation_kl, matrix", "relation_kl, maxima", "relation_mae",
-    "retrieval",
+    "contrastive, fused", "contrastive, waves", "contrastive, waves, waves of one tile", "contrastive, ids",
+    "contrastive, maxima", "contrastive, kept", "contrastive, second order", "sigmoid", "sigmoid, ids", "relation_kl",
+    "relation_kl, frozen teacher, waves of one tile", "relation_kl, two teachers", "relation_kl, euclidean",
+    "relation_kl, matrix", "relation_kl, maxima", "relation_mae", "relation_mae, waves of one tile", "retrieval",
 ]  # fmt: skip
 FEW = ["contrastive, fused", "sigmoid, ids", "relation_kl", "retrieval"]
 BOUND = {"loss": 1e-6, "x": 3e-3, "y": 3e-3, "z0": 3e-3, "z1": 3e-3}  # of scalars, which are rounded to bfloat16: 5e-3
@@ -99,7 +99,7 @@ def small(*body: str, late: bool = True) -> np.ndarray:
     out = 7 * torch.arange(128, dtype=torch.int32)
     arena = Arena([out])
     program = parse(PTX.format(body="\n".join(body)))
-    Machine(program, 512, arena, [arena.address(out)], late, seed=0).run((1, 1, 1))
+    Machine(program, 512, late, seed=0).run((1, 1, 1), arena, [arena.address(out)])
     arena.copy_back()
     return out.numpy()
 
