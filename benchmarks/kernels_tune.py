@@ -12,6 +12,7 @@ Launches that tiles.json holds of an earlier call are kept, those that --launche
 
 import argparse
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -110,7 +111,8 @@ class Tuner:
         best = self.race(launch, now, tried, widths, until)
         if BY_NAME[launch].waved or launch in ("ranks", "neighbours"):
             others = choices.waves_for(best.choice, launch, self.place)[: self.most]
-            best = self.race(launch, now, [best, *map(Trial, others)], widths, until, start=1)
+            trials = [*([] if best is now else [best]), *map(Trial, others)]
+            best = self.race(launch, now, trials, widths, until, start=1)
         chosen = best if best.times(now) < GAIN else now
         said = ", ".join(f"{name} {value}" for name, value in described(chosen.choice).items())
         print(f"  {chosen.times(now):.3f} of the time in use: {said}", flush=True)
@@ -178,8 +180,7 @@ class Tuner:
             left = left[: (len(left) + 1) // 2]
         self.note(launch, now.choice, now, "in use", now)
         for trial in left:
-            if trial is not now:
-                self.note(launch, trial.choice, now, "ok", trial)
+            self.note(launch, trial.choice, now, "ok", trial)
         self.device.clear()
         return left[0] if left and left[0].times(now) < 1 else now
 
@@ -216,17 +217,16 @@ def save(folder: Path, table: Table, rows: list[dict], given: argparse.Namespace
     }
     put(folder / "tiles.json", json.dumps(plain, indent=1) + "\n")
     put(folder / "tune.md", "\n".join(page))
-    unfinished = folder / "tune.csv.part"
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(folder / "tune.csv")
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, COLUMNS, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    put(folder / "tune.csv", lines.getvalue())
 
 
 def put(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text)
+    unfinished.write_text(text, newline="")
     unfinished.replace(path)
 
 

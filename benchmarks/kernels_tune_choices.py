@@ -10,6 +10,7 @@ import torch
 from kernels_bench_entries import make_problem, ours
 from kernels_bench_measure import Calls
 from vlscale.kernels.measured_tiles import FUSED, LARGEST_WAVE, LAUNCHES, Sizes, device_name, given_tiles
+from vlscale.kernels.triton_tiles import Config, choose_config, fused_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SCALE = 100.0
@@ -41,27 +42,8 @@ BY_NAME = {
 assert set(BY_NAME) == set(LAUNCHES)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The sizes of a Config."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    wave_rows: int
-    wave_columns: int
-    splits: int
-
-    def row(self) -> dict:
-        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        waves = f"{self.wave_rows}x{self.wave_columns}"
-        return {"tile": tile, "warps": self.warps, "stages": self.stages, "waves": waves, "splits": self.splits}
-
-
 NOT_FUSED = None
-Choice = Tile | None
+Choice = Config | None
 
 
 def sizes_of(choice: Choice) -> Sizes:
@@ -70,7 +52,11 @@ def sizes_of(choice: Choice) -> Sizes:
 
 
 def described(choice: Choice) -> dict:
-    return {"tile": "not fused"} if choice is NOT_FUSED else choice.row()
+    """Cells of a table."""
+    if choice is NOT_FUSED:
+        return {"tile": "not fused"}
+    tile, waves = f"{choice.block_m}x{choice.block_n}x{choice.block_k}", f"{choice.wave_rows}x{choice.wave_columns}"
+    return {"tile": tile, "warps": choice.warps, "stages": choice.stages, "waves": waves, "splits": choice.splits}
 
 
 @dataclass(frozen=True)
@@ -98,17 +84,9 @@ class Place:
 
 def in_use(place: Place, launch: str, width: int) -> Choice:
     """The sizes that the kernels take by themselves."""
-    from vlscale.kernels import triton_tiles as tiles
-
     x = torch.empty(1, width, dtype=DTYPES[place.dtype], device=place.device)
-    one = {"ranks": tiles.Work.FULL, "neighbours": tiles.Work.DOUBLE}
     with given_tiles({}):
-        if launch in FUSED:
-            config = tiles.fused_config(x)
-        else:
-            two = tiles.Work.PARTS if BY_NAME[launch].products == 2 else tiles.Work.LIGHT
-            config = tiles.choose_config(x, one.get(launch, two))
-    return NOT_FUSED if config is None else Tile(**asdict(config))
+        return fused_config(x) if launch in FUSED else choose_config(x, launch)
 
 
 def tiles_for(launch: str, now: Choice, place: Place) -> list[Choice]:
@@ -119,10 +97,10 @@ def tiles_for(launch: str, now: Choice, place: Place) -> list[Choice]:
         blocks, depths, warps, stages = (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)
     else:
         room, blocks, depths, warps, stages = 2**18, (32, 64), (16, 32), (4,), (2,)
-    base = now or Tile(128, 64, 64, 8, 3, 8192, 65536, 8)
+    base = now or Config(block_n=64)
     columns = (32, *blocks) if launch in FUSED else blocks
     depths = (FUSED[launch],) if launch in FUSED else depths
-    size = torch.empty((), dtype=DTYPES[place.dtype]).element_size()
+    size = DTYPES[place.dtype].itemsize
     found: list[Choice] = [NOT_FUSED] if launch in FUSED and now is not NOT_FUSED else []
     for m, n, k, w, s in product(blocks, columns, depths, warps, stages):
         held = about_it.products * m * n + (m * k if launch in FUSED else 0)
@@ -144,7 +122,7 @@ def whole(wave: int, block: int) -> int:
     return -(-wave // block) * block
 
 
-def waves_for(choice: Tile, launch: str, place: Place) -> list[Choice]:
+def waves_for(choice: Config, launch: str, place: Place) -> list[Choice]:
     """The same tile in other waves, and over other splits where those count."""
     if launch in ("contrastive_forward", "ranks", "neighbours"):
         return [replace(choice, splits=n) for n in (4, 8, 16, 32, 64) if n != choice.splits]

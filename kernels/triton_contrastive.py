@@ -245,9 +245,7 @@ def contrastive_statistics(
 
 
 def _config(x: Tensor, *, has_ids: bool, shared: bool) -> Config:
-    if shared and not has_ids:
-        return choose_config(x, Work.LIGHT, "contrastive_forward")
-    return choose_config(x, Work.FULL)
+    return choose_config(x, "contrastive_forward" if shared and not has_ids else Work.FULL)
 
 
 def _fill(

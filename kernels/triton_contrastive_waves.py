@@ -188,7 +188,7 @@ class Waves:
         self.kept = kept
         self.x, self.y, self.scale, self.weights = x, y, scale, weights
         has_ids = weights.positives.row_ids is not None
-        self.tiles = {shared: config or self._config(x, has_ids, shared) for shared in (True, False)}
+        self.tiles = {shared: config or choose_config(x, self._work(has_ids, shared)) for shared in (True, False)}
         # Both fill the same sums of columns, one a row of tiles.
         self.tiles[False] = replace(self.tiles[False], block_m=self.tiles[True].block_m)
         self.left, self.right = factors
@@ -196,12 +196,8 @@ class Waves:
         self.width = min(len(y), self.tiles[True].wave_columns)
         self.block = torch.empty(self.height, self.width, dtype=self.left.stored, device=x.device)
 
-    def _config(self, x: Tensor, has_ids: bool, shared: bool) -> Config:
-        if has_ids:
-            return choose_config(x, Work.FULL)
-        if shared and self.kept is None:
-            return choose_config(x, Work.LIGHT, "contrastive_backward")
-        return choose_config(x, Work.NARROW)
+    def _work(self, has_ids: bool, shared: bool) -> Work | str:
+        return Work.FULL if has_ids else "contrastive_backward" if shared and self.kept is None else Work.NARROW
 
     def sweep(self, dx: SideGradient | None, dy: SideGradient | None) -> Tensor:
         """<G, S> without lone positives' terms; fills dx and dy. The rows' sums are the one float32 (b, D) held."""

@@ -36,8 +36,8 @@ def _constants(student: Operand, teacher: Operand, config: Config) -> dict:
 def _config(student: Operand, teacher: Operand, way: str, *, plain: bool = True) -> Config:
     """One reference leaves room for larger tiles, one teacher for the largest; `way` is forward or backward."""
     if plain and len(teacher.weights) == 1:
-        launch = f"relation_kl_{way}" if student.kind == teacher.kind == "cosine" else None
-        return choose_config(student.rows, Work.PARTS, launch)
+        cosine = student.kind == teacher.kind == "cosine"
+        return choose_config(student.rows, f"relation_kl_{way}" if cosine else Work.PARTS)
     return choose_config(student.rows, Work.DOUBLE if plain and teacher.kind == "cosine" else Work.CROWDED)
 
 

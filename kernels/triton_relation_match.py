@@ -83,9 +83,7 @@ def relation_mae_sweep(
     `negated` is the teacher with its weights negated, and so is its weights' gradient. A sum over ordered pairs i != j,
     except that a pair sweep counts each of its unordered pairs once for both orders.
     """
-    one = len(negated.weights) == 1
-    given = (Work.PARTS, "relation_mae") if one else (Work.DOUBLE,)
-    config = config or choose_config(student.rows, *given)
+    config = config or choose_config(student.rows, "relation_mae" if len(negated.weights) == 1 else Work.DOUBLE)
     offset, b, n, width_s, width_t = sizes(student, negated, offset)
     stored, wanted = student.stored_dtype(), (want_student, want_teacher)
     gradients = [

@@ -301,7 +301,8 @@ def add_weight_sums(
     columns = place.mirrored and row_out is not None
     grid = row_programs + (triton.cdiv(width, PLACES) if columns else 0), planes
     weight_sums_kernel[grid](
-        flag, by_row, by_column, weight, row_out, column_out if columns else row_out, along,  # compiled all the same
+        # The columns' branch is compiled also where no program takes it: it wants a pointer.
+        flag, by_row, by_column, weight, row_out, column_out if columns else row_out, along,
         height, parts, other_parts, width, tiles, other_tiles, row_programs,
         0 if row_out is None else row_out.stride(0), column_out.stride(0) if columns else 0,
         ROW_FIRST=anew or place.columns[0] == 0, COLUMN_FIRST=anew or place.rows[0] == 0,

@@ -168,7 +168,7 @@ def retrieval_ranks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(above, tied, same), each (Q,) int64; see vlscale.kernels.retrieval_ranks."""
     query, gallery = _prepare(query, gallery)
-    config = config or choose_config(query, Work.FULL, "ranks")
+    config = config or choose_config(query, "ranks")
     found = torch.empty(3, len(query), dtype=torch.int64, device=query.device)
     for i in spans(0, len(query), config.wave_rows):
         here = query[slice(*i)]
@@ -207,7 +207,7 @@ def topk_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """(scores, indices), each (Q, k); see vlscale.kernels.topk_neighbors. `kept` neighbours are found in a pass."""
     query, gallery = _prepare(query, gallery)
-    config = config or choose_config(query, Work.DOUBLE, "neighbours")
+    config = config or choose_config(query, "neighbours")
     keys = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     table = keys.new_empty(len(query), 0) if exclude is None else exclude.contiguous()
     for i in spans(0, len(query), config.wave_rows):

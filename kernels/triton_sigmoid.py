@@ -149,7 +149,7 @@ def sigmoid_sweep(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """(loss sum, n y (b, D), n^T x (N, D), sum n, <n, S>); all but n y are partial over these rows."""
     dtype, has_ids = scale.dtype, positives.row_ids is not None
-    config = config or (choose_config(x, Work.FULL) if has_ids else choose_config(x, Work.LIGHT, "sigmoid"))
+    config = config or choose_config(x, Work.FULL if has_ids else "sigmoid")
     stored = stored_dtype(x, dtype)
     gradient = want_x or want_y or want_scalars
     left, right = Centred.both(x, y, dtype, stored) if want_x or want_y else (None, None)

@@ -77,10 +77,25 @@ FP32_TWO = replace(FP32_ONE, warps=8)
 INTERPRETED = Config(block_m=32, block_n=64, block_k=32, wave_rows=96, wave_columns=128, splits=2)  # several of each
 
 
-def choose_config(x: Tensor, work: Work, launch: str | None = None) -> Config:
-    """Tile sizes for embeddings like x: those that were measured for the launch, or else its work's."""
-    if launch and (sizes := measured_sizes(launch, x.dtype, x.device)):
-        return Config(**sizes)
+# Launches that may have measured sizes; the fused gradient's have work of their own.
+WORK_OF = {
+    "contrastive_forward": Work.LIGHT,
+    "contrastive_backward": Work.LIGHT,
+    "sigmoid": Work.LIGHT,
+    "relation_kl_forward": Work.PARTS,
+    "relation_kl_backward": Work.PARTS,
+    "relation_mae": Work.PARTS,
+    "ranks": Work.FULL,
+    "neighbours": Work.DOUBLE,
+}
+
+
+def choose_config(x: Tensor, work: Work | str) -> Config:
+    """Tile sizes for embeddings like x: by the work; or, for a launch's name, those measured, else its work's."""
+    if isinstance(work, str):
+        if sizes := measured_sizes(work, x.dtype, x.device):
+            return Config(**sizes)
+        work = WORK_OF[work]
     if x.device.type == "cpu":
         return INTERPRETED
     return config_for(x.dtype, torch.cuda.get_device_capability(x.device)[0], work)

@@ -11,7 +11,7 @@ of memory is no weaker than that.
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,10 +126,6 @@ class Program:
     instructions: list[tuple[str, bool, str, list[str]]]
     labels: dict[str, int]
 
-    @property
-    def grouped(self) -> bool:
-        return any(operation.startswith("wgmma") for _, _, operation, _ in self.instructions)
-
 
 STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 
@@ -183,6 +179,8 @@ class Machine:
         self.shared_bytes, self.shuffled = shared_bytes, random.Random(seed)
         self.shared = Memory(0)
         self.block = self.grid = (0, 0, 0)
+        grouped = any(operation.startswith("wgmma") for _, _, operation, _ in program.instructions)
+        self.unit = 128 if grouped else max(32, min(128, program.threads // 4))  # threads
         self.steps = [compile_instruction(self, *given) for given in program.instructions]
 
     def run(self, grid: tuple[int, int, int], arena: Arena, arguments: list[int]) -> None:
@@ -197,8 +195,8 @@ class Machine:
                 self.run_block()
 
     def run_block(self) -> None:
-        size = 128 if self.program.grouped else max(32, min(128, self.program.threads // 4))
-        units = [Unit(np.arange(first, first + size)) for first in range(0, self.program.threads, size)]
+        size, threads = self.unit, self.program.threads
+        units = [Unit(np.arange(first, first + size)) for first in range(0, threads, size)]
         while running := [unit for unit in units if not unit.done]:
             self.shuffled.shuffle(running)
             for unit in running:
@@ -226,11 +224,3 @@ class Machine:
         if unit.copies or unit.copying or unit.products or unit.multiplying:
             unfinished = [unit.copies, unit.products]
             raise AssertionError(f"{self.program.name}: ends with {unfinished} in flight")
-
-
-def flat(arguments) -> Iterator:
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from flat(argument)
-        else:
-            yield argument

@@ -84,8 +84,8 @@ def compiled_for(arch: int, *, late: bool = True, seed: int = 0, small_waves: bo
 
     launcher = Launcher(arch, late, seed)
 
-    def choose(x, work, launch=None):
-        config = triton_tiles.config_for(x.dtype, arch // 10, work)
+    def choose(x, work):
+        config = triton_tiles.config_for(x.dtype, arch // 10, triton_tiles.WORK_OF.get(work, work))
         one = {"wave_rows": config.block_m, "wave_columns": config.block_n, "splits": 1}
         return replace(config, **one) if small_waves else config
 

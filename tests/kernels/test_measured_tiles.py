@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from vlscale.kernels.measured_tiles import LAUNCHES, device_name, given_tiles, measured_sizes, read_tiles
+from vlscale.kernels.measured_tiles import FUSED, LAUNCHES, device_name, given_tiles, measured_sizes, read_tiles
 
 from tests.kernels import cases as k
 from vlscale.kernels import retrieval_ranks, topk_neighbors
@@ -174,3 +174,10 @@ def test_null_is_kept_for_fused_launches(tmp_path):
     path = written(tmp_path, {"cpu": {"bfloat16": {"contrastive_fused_64": None}}})
     assert read_tiles(path) == {"cpu": {"bfloat16": {"contrastive_fused_64": {}}}}
     assert {name for name in LAUNCHES if "fused" in name} == {f"contrastive_fused_{width}" for width in (64, 128, 256)}
+
+
+def test_every_launch_has_its_work():
+    pytest.importorskip("triton")
+    from vlscale.kernels.triton_tiles import WORK_OF
+
+    assert sorted([*WORK_OF, *FUSED]) == sorted(LAUNCHES)

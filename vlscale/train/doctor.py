@@ -80,9 +80,11 @@ def accelerator() -> list[Finding]:
     found.append(
         Finding("CUDA", f"torch {torch.version.cuda}, compute capability {torch.cuda.get_device_capability()}")
     )
-    change = "for Triton's kernels take an NVIDIA GPU of compute capability 8.0 or more, and install triton"
-    impl = choose_impl("auto", torch.device("cuda", 0))
-    found.append(Finding("losses", impl, *(() if impl == "triton" else ("warn", change))))
+    if (impl := choose_impl("auto", torch.device("cuda", 0))) == "triton":
+        found.append(Finding("losses", impl))
+    else:
+        change = "for Triton's kernels take an NVIDIA GPU of compute capability 8.0 or more, and install triton"
+        found.append(Finding("losses", impl, "warn", change))
     supported = torch.cuda.is_bf16_supported(including_emulation=False)
     change = None if supported else "set engine.dtype=fp32, or take a GPU of compute capability 8.0 or more"
     return [*found, Finding("bf16", "yes" if supported else "no", "ok" if supported else "warn", change)]
